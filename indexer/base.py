@@ -1,0 +1,154 @@
+"""The contract of an index and the values that cross it. Every implementation answers the same questions alike."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+
+from indexer.events import Event
+from indexer.prompt import Prompt
+
+Copies: TypeAlias = Literal["count", "set"]
+"""How a block that is stored again is understood: another physical copy (``count``), or the same one (``set``)."""
+
+Tier: TypeAlias = Literal["gpu", "cpu", "disk", "shared"]
+
+_TIER_OF_MEDIUM: Mapping[str, Tier] = {
+    "gpu": "gpu",
+    "cpu": "cpu",
+    "cpu_pinned": "cpu",
+    "disk": "disk",
+    "external": "shared",
+    "shared_storage": "shared",
+    "object_store": "shared",
+    "storage": "shared",
+}
+
+
+def tier_of(medium: str) -> Tier:
+    """Give the tier of an engine's word for where a block lies; words that are not known count as ``shared``."""
+    return _TIER_OF_MEDIUM.get(medium.lower(), "shared")
+
+
+class Source(NamedTuple):
+    """One cache: a data-parallel rank of a pod."""
+
+    pod: str
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.pod}#{self.rank}" if self.rank else self.pod
+
+
+class Run(NamedTuple):
+    """Some tokens of a match, one after the other, that lie on the same media."""
+
+    tokens: int
+    media: tuple[str, ...]
+    """All media that hold these tokens, in the engine's words, lower-case, sorted."""
+
+
+class Holding(msgspec.Struct, frozen=True, gc=False):
+    """What one source holds of one prompt, without a gap from its start."""
+
+    source: Source
+    tokens: int
+    """What the engine's own look-up would find, in tokens; whole blocks."""
+    reusable_tokens: int
+    """What the engine can reuse of it: it always computes at least the last token of a prompt."""
+    runs: tuple[Run, ...]
+    """The `tokens` in order, by where they lie."""
+    degraded: str
+    """Why this answer may be wrong, "" when it is exact."""
+
+
+class SourceStatus(msgspec.Struct, frozen=True):
+    """What an index knows about one source."""
+
+    source: Source
+    model: str
+    incarnation: int
+    """How often the source began anew: registration, restart, reset."""
+    blocks: int
+    """Blocks held, each counted once per tier and group."""
+    tiers: dict[str, int]
+    """The same by tier."""
+    block_sizes: list[int]
+    degraded: str
+    """Why answers about the source may be wrong, "" when they are exact."""
+    degraded_since: float
+    """When it became so (seconds since the epoch), 0.0 when exact."""
+    fleet_wide: bool
+    """Any pod of the model can read these blocks (shared storage)."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds on what events can make an index remember. What goes over them is dropped and counted."""
+
+    max_sources: int = 16_384
+    """Sources known at once."""
+    max_slots_per_source: int = 64
+    """Combinations of medium, group and block size of one source."""
+    parked_blocks: int = 65_536
+    """Blocks of one source that wait for an unknown parent, or for somebody to say their tokens."""
+    remembered_blocks: int = 8_192
+    """Removed blocks of one source whose tokens are still known, for events that name them without tokens."""
+    block_sizes: int = 8
+    """Block sizes of one model that a question is asked for."""
+    silent_tier_ttl_s: float = 3_600.0
+    """How long a block stays on a tier other than ``gpu`` whose removals the engine has never announced."""
+
+
+class Index(Protocol):
+    """Which source holds which blocks.
+
+    Only event appliers call `register`, `apply`, `restart`, `degrade`, `expire` and `forget`; one caller at a time per
+    source, any number for different sources. Every other method may be called from any thread at any time; answers
+    are snapshots in which the holders of each block are whole.
+    """
+
+    def register(
+        self, source: Source, *, model: str, copies: Copies = "count", fleet_wide: bool = False, degraded: str = ""
+    ) -> None:
+        """Begin to follow a source; nothing changes where it is followed already.
+
+        Raises `LimitReached` when `Limits.max_sources` are followed.
+        """
+
+    def apply(self, source: Source, events: Sequence[Event]) -> None:
+        """Apply the events of a registered source in order. Events that make no sense are counted, see `stats`.
+
+        Raises `InvalidQuestion` when the source is not registered.
+        """
+
+    def restart(self, source: Source) -> None:
+        """Forget everything the source holds, and how its cache is laid out: its engine began anew."""
+
+    def degrade(self, source: Source, reason: str) -> None:
+        """Say why answers about a source may be wrong; "" says that they are exact again."""
+
+    def expire(self) -> None:
+        """Drop blocks that outlived `Limits.silent_tier_ttl_s`."""
+
+    def forget(self, pod: str) -> None:
+        """Stop following all sources of a pod and give their memory back. Unknown pods are fine."""
+
+    def match(
+        self, prompt: Prompt, *, pods: Collection[str] | None = None, block_size: int | None = None
+    ) -> list[Holding]:
+        """Say what each source of the prompt's model holds of it, those that hold nothing included.
+
+        `pods` asks for these pods only; `block_size` for chains of blocks of this many tokens only.
+        """
+
+    def block_size(self, model: str) -> int | None:
+        """Give the block size that most sources of a model use on their first tier, None before the first event."""
+
+    def sources(self) -> list[SourceStatus]:
+        """Describe all sources that are followed, by name."""
+
+    def stats(self) -> dict[str, int]:
+        """Give all counters and gauges. The names are stable; counters end in ``_total``."""
+
+    def close(self) -> None:
+        """Give back connections and memory. May be called twice."""

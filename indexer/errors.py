@@ -1,0 +1,23 @@
+"""Exceptions of this package.
+
+* `IndexerError`
+    * `InvalidQuestion` (also a `ValueError`): a prompt, URL or argument cannot be used as given
+    * `LimitReached`: a configured bound would be exceeded
+    * `IndexUnavailable`: the index lives elsewhere and cannot be reached
+"""
+
+
+class IndexerError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class InvalidQuestion(IndexerError, ValueError):
+    """An argument cannot be used as given; the message names it, its value and what is expected."""
+
+
+class LimitReached(IndexerError):
+    """A configured bound would be exceeded; the message names the bound and the setting that raises it."""
+
+
+class IndexUnavailable(IndexerError):
+    """The index lives in another process and cannot be reached now; asking again later may succeed."""
