@@ -122,7 +122,7 @@ def block_keys(
     """Give the key of every whole block of a prompt.
 
     >>> [hex(key) for key in block_keys(range(8), "m", block_size=4)]
-    ['0x9a8a5afde7b4a8c1', '0xd5b0e21ad6dc2b60']
+    ['0x9bd9772b422c0351', '0x5f2235976a573658']
 
     Raises `InvalidQuestion` for values that are no token ids or a block size below 1.
     """

@@ -1,0 +1,264 @@
+"""From the holders of each block of a prompt to what each source holds of it.
+
+Holders of a block are bits of an int, one bit per slot. Along a prompt they change rarely, so a look-up keeps only the
+places where they do. Sources that hold a model's blocks in one slot need no more than "where did my bit first miss";
+the others (several tiers, hybrid models, shared storage) are worked out from the places where the holders change.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+from indexer.base import Holding, Run, Source
+from indexer.groups import GroupBlocks, GroupSpec, longest_prefix
+from indexer.keys import BlockKey
+from indexer.ledger import Slot
+from indexer.prompt import Prompt
+
+_FIRST_CHUNK = 64
+_LARGEST_CHUNK = 1024
+
+
+class Group(NamedTuple):
+    """What serves one cache group of one source."""
+
+    spec: GroupSpec
+    slots: tuple[Slot, ...]
+    mask: int
+    """The bits of the slots."""
+
+
+class Chain(NamedTuple):
+    """Groups that a source reads together: a prefix must be served by all of them."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def single_slot(self) -> bool:
+        """One slot that must hold every block from the start: the common and fast case."""
+        return len(self.groups) == 1 and self.groups[0].spec.tail is None and len(self.groups[0].slots) == 1
+
+
+class Reader(NamedTuple):
+    """A source and all its chains. `degraded` is asked when an answer is made."""
+
+    source: Source
+    chains: tuple[Chain, ...]
+    degraded: Callable[[], str]
+
+
+class Scan(NamedTuple):
+    """The holders along a prompt's blocks of one size."""
+
+    ends: dict[int, int]
+    """For a bit of a single-slot chain: how many leading blocks it holds, where that is fewer than `scanned`."""
+    changes: list[tuple[int, int]]
+    """(first block, holders) for each stretch of blocks with the same holders."""
+    scanned: int
+    """How many blocks were looked at; no chain that was asked for holds all of these and more."""
+
+
+def chains_of(slots: Iterable[Slot], groups: dict[int, GroupSpec]) -> tuple[Chain, ...]:
+    """Say how a source reads its slots, given the cache groups that it announced."""
+    slots = list(slots)
+    chains = []
+    if len(groups) > 1:
+        # publishers that name no group (offloading) hold blocks of the group that sees the whole prompt
+        first = min(groups, key=lambda number: (groups[number].tail is not None, number))
+        chain = []
+        for number, spec in groups.items():
+            mine = [
+                slot
+                for slot in slots
+                if slot.block_size == spec.block_size
+                and (slot.group == number or (slot.group is None and number == first))
+            ]
+            chain.append(_group(spec, mine))
+        chains.append(Chain(tuple(chain)))
+        sizes = {spec.block_size for spec in groups.values()}
+        slots = [slot for slot in slots if slot.group is None and slot.tier != "gpu" and slot.block_size not in sizes]
+        groups = {}
+    for size in sorted({slot.block_size for slot in slots}):
+        spec = next((spec for spec in groups.values() if spec.block_size == size), GroupSpec(size, None))
+        chains.append(Chain((_group(spec, [slot for slot in slots if slot.block_size == size]),)))
+    return tuple(chains)
+
+
+def _group(spec: GroupSpec, slots: list[Slot]) -> Group:
+    mask = 0
+    for slot in slots:
+        mask |= slot.bit
+    return Group(spec, tuple(slots), mask)
+
+
+def answer(
+    readers: Sequence[Reader], get: Callable[[BlockKey, int], int], prompt: Prompt, *, bare: bool, size: int | None
+) -> list[Holding]:
+    """Say what each reader's source holds of a prompt.
+
+    `get` gives the holders of a block key; `bare` also looks under keys that name images without their place; `size`
+    asks only for chains that have blocks of that size.
+    """
+    chains = [
+        [chain for chain in reader.chains if size is None or any(g.spec.block_size == size for g in chain.groups)]
+        for reader in readers
+    ]
+    found = _lookup(chains, get, prompt, bare=False)
+    if bare and prompt.images:
+        extra = _lookup(chains, get, prompt, bare=True)
+        found = [max(pair, key=lambda held: held[0]) for pair in zip(found, extra, strict=True)]
+    return [
+        Holding(reader.source, tokens, reusable, runs, reader.degraded())
+        for reader, (tokens, reusable, runs) in zip(readers, found, strict=True)
+    ]
+
+
+_Found = tuple[int, int, tuple[Run, ...]]
+_NOTHING: _Found = (0, 0, ())
+
+
+def _lookup(
+    chains: list[list[Chain]], get: Callable[[BlockKey, int], int], prompt: Prompt, *, bare: bool
+) -> list[_Found]:
+    by_size: dict[int, list[Chain]] = {}
+    for mine in chains:
+        for chain in mine:
+            for size in {group.spec.block_size for group in chain.groups}:
+                by_size.setdefault(size, []).append(chain)
+    scans = {size: _scan(size, asked, get, prompt, bare=bare) for size, asked in by_size.items()}
+    cap = max(0, prompt.length - 1)
+    found = []
+    for mine in chains:
+        parts = [_evaluate(chain, scans, cap) for chain in mine]
+        parts = [part for part in parts if part[0]]
+        if not parts:
+            found.append(_NOTHING)
+        elif len(parts) == 1:
+            found.append(parts[0])
+        else:
+            runs = _merged([part[2] for part in parts])
+            found.append((max(p[0] for p in parts), max(p[1] for p in parts), runs))
+    return found
+
+
+def _scan(size: int, chains: list[Chain], get: Callable[[BlockKey, int], int], prompt: Prompt, *, bare: bool) -> Scan:
+    alive = 0
+    needed: list[int] = []
+    relevant = 0
+    to_the_end = False
+    for chain in chains:
+        if chain.single_slot:
+            alive |= chain.groups[0].mask
+            continue
+        here = [group for group in chain.groups if group.spec.block_size == size]
+        for group in here:
+            relevant |= group.mask
+        whole = [group.mask for group in here if group.spec.tail is None]
+        needed += whole[:1]
+        to_the_end = to_the_end or not whole
+    total = prompt.length // size
+    ends: dict[int, int] = {}
+    changes: list[tuple[int, int]] = []
+    before = before_relevant = -1
+    done, chunk = 0, _FIRST_CHUNK
+    while done < total:
+        upto = min(total, done + chunk)
+        keys = prompt.keys(size, upto, bare=bare)
+        for number, holders in enumerate(map(get, keys[done:upto], repeat(0)), done):
+            if holders == before:
+                continue
+            before = holders
+            lost = alive & ~holders
+            if lost:
+                alive ^= lost
+                while lost:
+                    bit = lost & -lost
+                    ends[bit] = number
+                    lost ^= bit
+            now = holders & relevant
+            if now != before_relevant:
+                before_relevant = now
+                changes.append((number, now))
+                if needed:
+                    needed = [mask for mask in needed if now & mask]
+            if not alive and not needed and not to_the_end:
+                return Scan(ends, changes, number + 1)
+        done = upto
+        chunk = min(2 * chunk, _LARGEST_CHUNK)
+    return Scan(ends, changes, total)
+
+
+def _evaluate(chain: Chain, scans: dict[int, Scan], cap: int) -> _Found:
+    first = chain.groups[0]
+    if chain.single_slot:
+        size = first.spec.block_size
+        scan = scans[size]
+        blocks = scan.ends.get(first.mask, scan.scanned)
+        if not blocks:
+            return _NOTHING
+        run = Run(blocks * size, (first.slots[0].medium,))
+        return run.tokens, min(blocks, cap // size) * size, (run,)
+    groups = [_blocks_of(group, scans[group.spec.block_size]) for group in chain.groups]
+    limit = max(scans[group.spec.block_size].scanned * group.spec.block_size for group in chain.groups)
+    tokens = longest_prefix(groups, limit)
+    if not tokens:
+        return _NOTHING
+    shown = min(chain.groups, key=lambda group: group.spec.tail is not None)
+    runs = _runs_of(shown, scans[shown.spec.block_size], tokens)
+    return tokens, longest_prefix(groups, min(tokens, cap)), runs
+
+
+def _blocks_of(group: Group, scan: Scan) -> GroupBlocks:
+    spans: list[tuple[int, int]] = []
+    start = None
+    for number, holders in scan.changes:
+        if holders & group.mask:
+            start = number if start is None else start
+        elif start is not None:
+            spans.append((start, number))
+            start = None
+    if start is not None:
+        spans.append((start, scan.scanned))
+    return GroupBlocks(group.spec, spans)
+
+
+def _runs_of(group: Group, scan: Scan, tokens: int) -> tuple[Run, ...]:
+    """Say where the first `tokens` lie. Blocks that a window does not need lie where the next one does."""
+    size = group.spec.block_size
+    runs: list[Run] = []
+    covered = 0
+    ends = [number for number, _ in scan.changes[1:]] + [scan.scanned]
+    for (_, holders), end in zip(scan.changes, ends, strict=True):
+        media = tuple(sorted({slot.medium for slot in group.slots if slot.bit & holders}))
+        upto = min(end * size, tokens)
+        if not media or upto <= covered:
+            continue
+        if runs and runs[-1].media == media:
+            runs[-1] = Run(runs[-1].tokens + upto - covered, media)
+        else:
+            runs.append(Run(upto - covered, media))
+        covered = upto
+    return tuple(runs)
+
+
+def _merged(parts: list[tuple[Run, ...]]) -> tuple[Run, ...]:
+    """Lay several descriptions of one prefix over each other."""
+    edges = set()
+    for runs in parts:
+        place = 0
+        for run in runs:
+            place += run.tokens
+            edges.add(place)
+    merged: list[Run] = []
+    start = 0
+    for end in sorted(edges):
+        media: set[str] = set()
+        for runs in parts:
+            place = 0
+            for run in runs:
+                if place <= start < place + run.tokens:
+                    media.update(run.media)
+                place += run.tokens
+        merged.append(Run(end - start, tuple(sorted(media))))
+        start = end
+    return tuple(merged)

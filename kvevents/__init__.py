@@ -1,0 +1,22 @@
+"""KV events from the wire to the index: decoders, subscribers, the worker pool."""
+
+from indexer import AllBlocksCleared, BlockRemoved, BlockStored
+from kvevents.errors import DecodeError, KVEventsError, PoolClosed, SubscriptionError
+from kvevents.message import Message, parse_topic
+from kvevents.pool import EventPool
+from kvevents.wire import Batch, decode_batch
+
+__all__ = [
+    "AllBlocksCleared",
+    "Batch",
+    "BlockRemoved",
+    "BlockStored",
+    "DecodeError",
+    "EventPool",
+    "KVEventsError",
+    "Message",
+    "PoolClosed",
+    "SubscriptionError",
+    "decode_batch",
+    "parse_topic",
+]

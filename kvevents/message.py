@@ -1,0 +1,40 @@
+"""A message as it came from a publisher, and who its topic says it is from."""
+
+from typing import NamedTuple
+
+import msgspec
+
+FLEET_WIDE = frozenset({"SHARED_STORAGE", "OBJECT_STORE"})
+"""Names in the place of a pod that mean storage which any pod of the model can read (llm-d's storage connectors)."""
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """One message: its three frames, and what is known of its publisher."""
+
+    topic: bytes
+    seq: int
+    payload: bytes | memoryview
+    pod: str | None = None
+    """The pod, where the connection says it; else the topic does."""
+    model: str = ""
+    """The model, where the connection says it."""
+    endpoint: str = ""
+    """Where it came from. Publishers behind different endpoints number their messages apart."""
+    copies: str = ""
+    """``count`` or ``set`` where the subscription says it."""
+
+
+class Topic(NamedTuple):
+    """Who a topic says it is from."""
+
+    pod: str
+    model: str
+
+
+def parse_topic(topic: bytes) -> Topic:
+    """Read ``kv@<pod>@<model>``. Any other text is a pod's name without a model; a model may contain ``@``."""
+    text = topic.decode("utf-8", "replace")
+    parts = text.split("@", 2)
+    if len(parts) == 3:
+        return Topic(parts[1], parts[2])
+    return Topic(text, "")

@@ -1,0 +1,238 @@
+"""The pool: sockets in, a shard for each publisher, index out."""
+
+import threading
+import time
+import zlib
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from indexer import Copies, Index, Source
+from kvevents.apply import NO_EVENTS_YET, Applier
+from kvevents.errors import PoolClosed, SubscriptionError
+from kvevents.message import Message, parse_topic
+from kvevents.queue import ShardQueue
+from kvevents.subscriber import Receiver, Subscription
+
+QUEUE_MESSAGES = 262_144
+QUEUE_BYTES = 512 * 1024 * 1024
+_EXPIRE_EVERY_S = 1.0
+
+
+class EventPool:
+    """Receives the events of many pods and applies them to an index.
+
+    Each publisher belongs to one worker, chosen by the pod's name, so that the events of one source are applied in
+    order; different sources go on independently. `workers` is the number of threads, `model` and `copies` hold for pods
+    whose subscription and topic do not say. `queue_messages` and `queue_bytes` bound what waits, over all workers: past
+    them `submit` waits, while messages from sockets push out the oldest of the busiest publisher, counted, and the
+    source is called degraded for the gap.
+
+    Use it as a context manager, or call `start` and `close`. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        workers: int = 4,
+        model: str = "",
+        copies: Copies = "count",
+        queue_messages: int = QUEUE_MESSAGES,
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> None:
+        if workers < 1:
+            raise SubscriptionError(f"workers: expected at least 1, got {workers}")
+        self._index = index
+        self._log = structlog.get_logger("kvevents")
+        self._queues = [ShardQueue(queue_messages // workers, queue_bytes // workers) for _ in range(workers)]
+        self._appliers = [Applier(index, model=model, copies=copies, log=self._log) for _ in range(workers)]
+        self._locks = [threading.Lock() for _ in range(workers)]
+        self._threads: list[threading.Thread] = []
+        self._receiver: Receiver | None = None
+        self._subscribed: dict[str, set[str]] = {}
+        self._submitted = 0
+        self._errors = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        waiting = sum(queue.messages for queue in self._queues)
+        return f"EventPool({len(self._queues)} workers, {len(self._subscribed)} pods, {waiting} messages waiting)"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the workers. May be called twice."""
+        with self._lock:
+            if self._closed:
+                raise PoolClosed("the pool was closed; make a new one")
+            if self._threads:
+                return
+            self._threads = [
+                threading.Thread(target=self._work, args=(number,), name=f"kvevents-worker-{number}", daemon=True)
+                for number in range(len(self._queues))
+            ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Stop receiving, apply what was received, end all threads. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.close()
+        for queue in self._queues:
+            queue.close()
+        for thread in self._threads:
+            thread.join()
+
+    def subscribe(
+        self,
+        pod: str,
+        endpoint: str,
+        *,
+        replay: str | None = None,
+        model: str = "",
+        topic: str = "",
+        copies: Copies | None = None,
+    ) -> None:
+        """Connect to the publisher of a pod (of one rank of it) and follow it.
+
+        `endpoint` is what the pod publishes at, `tcp://10.0.0.7:5557`; `topic` a prefix of the topics to hear. The pod
+        is known as `pod`, whatever its topics say. `replay` is kept with the subscription. `copies="set"` is for
+        engines that announce blocks again without copying them (vLLM's report mode "full").
+
+        Raises `SubscriptionError` for an endpoint that cannot be used or that is subscribed already.
+        """
+        if not pod:
+            raise SubscriptionError("pod: expected the name that the router uses, got ''")
+        with self._lock:
+            endpoints = self._subscribed.setdefault(pod, set())
+            if endpoint in endpoints:
+                raise SubscriptionError(f"endpoint {endpoint!r} is subscribed for pod {pod!r} already")
+            first = not endpoints
+            endpoints.add(endpoint)
+        try:
+            self._open().add(
+                Subscription(endpoint, pod=pod, model=model, topic=topic, copies=copies or "", replay=replay)
+            )
+        except SubscriptionError:
+            with self._lock:
+                endpoints.discard(endpoint)
+                if not endpoints:
+                    self._subscribed.pop(pod, None)
+            raise
+        if first and model:
+            self._index.register(Source(pod), model=model, copies=copies or "count", degraded=NO_EVENTS_YET)
+
+    def bind(self, endpoint: str, *, topic: str = "", model: str = "") -> str:
+        """Open an endpoint that pods connect to; give its address, with the port where 0 asked for any.
+
+        The topics, `kv@<pod>@<model>`, say who is who. Raises `SubscriptionError` when the endpoint cannot be bound.
+        """
+        return self._open().add(Subscription(endpoint, topic=topic, model=model, bind=True))
+
+    def unsubscribe(self, pod: str) -> None:
+        """Stop following a pod and forget all its blocks. Unknown pods are fine."""
+        with self._lock:
+            known = self._subscribed.pop(pod, None)
+            receiver = self._receiver
+        if known is not None and receiver is not None:
+            receiver.remove(pod)
+        number = self._shard(pod)
+        self._queues[number].discard(pod)
+        with self._locks[number]:
+            self._appliers[number].forget(pod)
+
+    def submit(self, message: Message) -> None:
+        """Take a message as if it had come from a socket; waits while the queue is full.
+
+        Raises `PoolClosed` when the pool does not run.
+        """
+        if self._closed or not self._threads:
+            raise PoolClosed("the pool does not run; use it as a context manager or call start()")
+        with self._lock:
+            self._submitted += 1
+        self._put(message, wait=True)
+
+    def drain(self, timeout: float = 5.0) -> None:
+        """Return when all that was received before this call has been applied.
+
+        Raises `TimeoutError` after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        if self._receiver is not None:
+            self._receiver.settle()
+        for queue in self._queues:
+            if not queue.join(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"{queue.messages} messages still wait after {timeout} s")
+
+    def stats(self) -> dict[str, int]:
+        """Give all counters and gauges of the pool. Names that end in ``_total`` are counters."""
+        totals: Counter[str] = Counter(received_total=self._submitted, worker_errors_total=self._errors)
+        for counters in [applier.counters for applier in self._appliers]:
+            totals.update(dict(counters))
+        if self._receiver is not None:
+            totals.update(dict(self._receiver.counters))
+        totals["dropped_queue_full_total"] = sum(queue.dropped for queue in self._queues)
+        totals["queue_depth"] = sum(queue.messages for queue in self._queues)
+        totals["queue_bytes"] = sum(queue.bytes for queue in self._queues)
+        for name in ("applied_total", "events_total", "gaps_total", "missing_total", "restarts_total"):
+            totals[name] += 0
+        return dict(totals)
+
+    def sequences(self) -> dict[Source, int]:
+        """Give the sequence number applied last, for each source."""
+        return {source: seq for applier in self._appliers for source, seq in list(applier.sequences.items())}
+
+    def connected(self) -> dict[str, bool]:
+        """Say for each subscribed pod whether its publishers are connected."""
+        return {} if self._receiver is None else self._receiver.connected()
+
+    def _open(self) -> Receiver:
+        with self._lock:
+            if self._closed:
+                raise PoolClosed("the pool was closed; make a new one")
+            if self._receiver is None:
+                self._receiver = Receiver(lambda message: self._put(message, wait=False), self._log)
+            return self._receiver
+
+    def _shard(self, pod: str) -> int:
+        return zlib.crc32(pod.encode()) % len(self._queues)
+
+    def _put(self, message: Message, *, wait: bool) -> None:
+        pod = message.pod or parse_topic(message.topic).pod
+        self._queues[self._shard(pod)].put((pod, message.endpoint), message, wait=wait)
+
+    def _work(self, number: int) -> None:
+        queue, applier, lock = self._queues[number], self._appliers[number], self._locks[number]
+        expire_at = time.monotonic() + _EXPIRE_EVERY_S
+        while True:
+            messages = queue.take(_EXPIRE_EVERY_S)
+            if not messages and queue.closed:
+                return
+            for message in messages:
+                try:
+                    with lock:
+                        applier.apply(message)
+                except Exception as error:  # noqa: BLE001  (one message must not end the worker of many pods)
+                    self._errors += 1
+                    self._log.error("apply_error", topic=message.topic[:80], seq=message.seq, error=repr(error))
+            if messages:
+                queue.done()
+            if number == 0 and time.monotonic() >= expire_at:
+                self._index.expire()
+                expire_at = time.monotonic() + _EXPIRE_EVERY_S

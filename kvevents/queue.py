@@ -1,0 +1,112 @@
+"""The queue of one worker: ordered for each publisher, fair between them, bounded."""
+
+import threading
+from collections import deque
+
+from kvevents.message import Message
+
+MAX_TAKEN = 32
+"""Messages of one publisher that a worker takes at a time."""
+
+
+class ShardQueue:
+    """Messages by publisher. Publishers take turns, so that a noisy one does not starve the others.
+
+    Over `max_messages` or `max_bytes` the oldest message of the publisher with the most waiting goes; its numbers then
+    have a gap, which says what was lost. Nothing is dropped silently: `dropped` counts.
+    """
+
+    def __init__(self, max_messages: int, max_bytes: int) -> None:
+        self._max_messages = max_messages
+        self._max_bytes = max_bytes
+        self._waiting: dict[tuple[str, str], deque[Message]] = {}
+        self._turns: deque[tuple[str, str]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._in_work = 0
+        self.messages = 0
+        self.bytes = 0
+        self.dropped = 0
+
+    def put(self, publisher: tuple[str, str], message: Message, *, wait: bool) -> None:
+        """Add a message. When full, `wait` for room, else drop as described."""
+        size = len(message.payload)
+        with self._changed:
+            if wait:
+                while not self._closed and self.messages and not self._fits(size):
+                    self._changed.wait()
+            else:
+                while self.messages and not self._fits(size):
+                    self._drop_oldest()
+            queue = self._waiting.get(publisher)
+            if queue is None:
+                queue = self._waiting[publisher] = deque()
+                self._turns.append(publisher)
+            queue.append(message)
+            self.messages += 1
+            self.bytes += size
+            self._changed.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        return self.messages < self._max_messages and self.bytes + size <= self._max_bytes
+
+    def _drop_oldest(self) -> None:
+        queue = max(self._waiting.values(), key=len)
+        gone = queue.popleft()
+        self.messages -= 1
+        self.bytes -= len(gone.payload)
+        self.dropped += 1
+
+    def take(self, timeout: float | None) -> list[Message]:
+        """Give the next messages of the publisher whose turn it is; none after `timeout` s or when closed.
+
+        Call `done` when they are applied.
+        """
+        with self._changed:
+            while True:
+                while self._turns:
+                    publisher = self._turns.popleft()
+                    queue = self._waiting[publisher]
+                    taken = [queue.popleft() for _ in range(min(MAX_TAKEN, len(queue)))]
+                    if queue:
+                        self._turns.append(publisher)
+                    else:
+                        del self._waiting[publisher]
+                    if taken:
+                        self.messages -= len(taken)
+                        self.bytes -= sum(len(message.payload) for message in taken)
+                        self._in_work += 1
+                        return taken
+                if self._closed or not self._changed.wait(timeout):
+                    return []
+
+    def discard(self, pod: str) -> None:
+        """Forget what waits from a pod that is no longer followed."""
+        with self._changed:
+            for publisher, queue in self._waiting.items():
+                if publisher[0] == pod:
+                    self.messages -= len(queue)
+                    self.bytes -= sum(len(message.payload) for message in queue)
+                    queue.clear()
+            self._changed.notify_all()
+
+    def done(self) -> None:
+        """Say that the messages taken last are applied."""
+        with self._changed:
+            self._in_work -= 1
+            self._changed.notify_all()
+
+    def join(self, timeout: float) -> bool:
+        """Wait until everything put so far is applied; say whether that was in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.messages and not self._in_work, timeout)
+
+    def close(self) -> None:
+        """Let `take` and `put` wait no longer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed

@@ -1,0 +1,235 @@
+"""The receiving thread: one ZMQ SUB socket for each endpoint, all polled together.
+
+Nothing else touches the sockets. The thread never waits for anybody but the poll, so that libzmq can re-send its
+subscriptions after a reconnect (it does so only when the application touches the socket, WIRE A4).
+"""
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import zmq
+import zmq.utils.monitor
+from structlog.typing import FilteringBoundLogger
+
+from kvevents.errors import SubscriptionError
+from kvevents.message import Message
+
+HEARTBEAT_MS = 5_000
+HEARTBEAT_TIMEOUT_MS = 15_000
+RECONNECT_MS = 100
+RECONNECT_MAX_MS = 5_000
+RECEIVE_MESSAGES = 100_000
+"""As many as the engine's own high-water mark; past it PUB drops, which shows as a gap."""
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_BURST = 256
+"""Messages read from one socket before the next one's turn."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """An endpoint and what is known of who publishes there."""
+
+    endpoint: str
+    pod: str | None = None
+    model: str = ""
+    topic: str = ""
+    copies: str = ""
+    bind: bool = False
+    replay: str | None = None
+
+
+@dataclass
+class _Open:
+    subscription: Subscription
+    socket: "zmq.Socket[bytes]"
+    monitor: "zmq.Socket[bytes]"
+    connected: int = 0
+    heard: bool = False
+
+
+class Receiver:
+    """The thread and its sockets. `deliver` gets every message; it must not block."""
+
+    def __init__(self, deliver: Callable[[Message], None], log: FilteringBoundLogger) -> None:
+        self._deliver = deliver
+        self._log = log
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._address = f"inproc://commands-{id(self)}"
+        self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        self._wake.bind(self._address)
+        self._wake_lock = threading.Lock()
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._open: list[_Open] = []
+        self._poller = zmq.Poller()
+        self._running = True
+        self.counters: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="kvevents-receiver", daemon=True)
+        self._thread.start()
+
+    def add(self, subscription: Subscription) -> str:
+        """Open a socket; give the endpoint it really has. Raises `SubscriptionError` when that cannot be."""
+        return self._call(lambda: self._add(subscription))
+
+    def remove(self, pod: str) -> None:
+        """Close the sockets of a pod."""
+        self._call(lambda: self._remove(pod))
+
+    def settle(self) -> None:
+        """Return when everything that has arrived at the sockets has been delivered."""
+        self._call(lambda: self._receive_all())
+
+    def connected(self) -> dict[str, bool]:
+        """Say for each pod that was subscribed by name whether its publisher is connected."""
+        states: dict[str, bool] = {}
+        for opened in list(self._open):
+            pod = opened.subscription.pod
+            if pod is not None:
+                states[pod] = states.get(pod, True) and (opened.connected > 0 or opened.heard)
+        return states
+
+    def close(self) -> None:
+        """End the thread and close all sockets."""
+        if self._thread.is_alive():
+            self._post(None)
+            self._thread.join()
+            self._wake.close(0)
+            self._context.destroy(0)
+
+    def _call(self, work: Callable[[], _T]) -> _T:
+        """Run `work` on the receiving thread, which owns the sockets."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except (SubscriptionError, zmq.ZMQError) as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future.result()
+
+    def _post(self, command: Callable[[], None] | None) -> None:
+        self._commands.put(command)
+        with self._wake_lock:
+            self._wake.send(b"")
+
+    def _run(self) -> None:
+        wake = self._context.socket(zmq.PAIR)
+        wake.connect(self._address)
+        self._poller.register(wake, zmq.POLLIN)
+        while self._running:
+            try:
+                ready = dict(self._poller.poll())
+                if wake in ready:
+                    wake.recv()
+                    command = self._commands.get()
+                    if command is None:
+                        break
+                    command()
+                for opened in self._open:
+                    if opened.socket in ready:
+                        self._receive(opened)
+                    if opened.monitor in ready:
+                        self._watch(opened)
+            except Exception as error:  # noqa: BLE001  (one broken socket must not end the reception of all others)
+                self.counters["receiver_errors_total"] += 1
+                self._log.error("receiver_error", error=repr(error))
+        for opened in self._open:
+            self._close(opened)
+        wake.close(0)
+
+    def _receive_all(self) -> None:
+        for opened in self._open:
+            while self._receive(opened):
+                pass
+
+    def _receive(self, opened: _Open) -> bool:
+        """Deliver what waits at a socket, a burst at most; say whether there may be more."""
+        subscription = opened.subscription
+        for _ in range(_BURST):
+            try:
+                frames = opened.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return False
+            opened.heard = True
+            self.counters["received_total"] += 1
+            if len(frames) != 3 or len(frames[1]) != 8:
+                self.counters["dropped_bad_frames_total"] += 1
+                count = self.counters["dropped_bad_frames_total"]
+                if count & (count - 1) == 0:
+                    self._log.warning(
+                        "message_discarded",
+                        endpoint=subscription.endpoint,
+                        reason="bad_frames",
+                        frames=[len(frame) for frame in frames[:8]],
+                        times=count,
+                    )
+                continue
+            self._deliver(
+                Message(
+                    topic=frames[0].bytes,
+                    seq=int.from_bytes(frames[1].bytes, "big"),
+                    payload=frames[2].buffer,
+                    pod=subscription.pod,
+                    model=subscription.model,
+                    endpoint=subscription.endpoint,
+                    copies=subscription.copies,
+                )
+            )
+        return True
+
+    def _watch(self, opened: _Open) -> None:
+        event = zmq.utils.monitor.recv_monitor_message(opened.monitor, zmq.NOBLOCK)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            opened.connected += 1
+        elif event == zmq.EVENT_DISCONNECTED:
+            opened.connected = max(0, opened.connected - 1)
+            opened.heard = False
+
+    def _add(self, subscription: Subscription) -> str:
+        socket = self._context.socket(zmq.SUB)
+        socket.linger = 0
+        socket.rcvhwm = RECEIVE_MESSAGES
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.subscribe(subscription.topic)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        opened = _Open(subscription, socket, monitor)
+        try:
+            if subscription.bind:
+                socket.bind(subscription.endpoint)
+            else:
+                socket.connect(subscription.endpoint)
+        except zmq.ZMQError as error:
+            self._close(opened)
+            verb = "bind" if subscription.bind else "connect to"
+            raise SubscriptionError(
+                f"endpoint {subscription.endpoint!r}: cannot {verb} it: {error.strerror}; "
+                "expected something like 'tcp://10.0.0.7:5557'"
+            ) from error
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        self._open.append(opened)
+        return socket.last_endpoint.decode() if subscription.bind else subscription.endpoint
+
+    def _remove(self, pod: str) -> None:
+        for opened in [opened for opened in self._open if opened.subscription.pod == pod]:
+            self._open.remove(opened)
+            self._poller.unregister(opened.socket)
+            self._poller.unregister(opened.monitor)
+            self._close(opened)
+
+    def _close(self, opened: _Open) -> None:
+        opened.socket.disable_monitor()
+        opened.socket.close(0)
