@@ -16,9 +16,10 @@ EngineHash: TypeAlias = int | bytes
 class BlockStored(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Blocks entered the cache.
 
-    `token_ids` is an array of typecode ``I``. It covers ``len(block_hashes)`` blocks of `block_size` tokens; it is longer
-    where an engine keeps only some blocks of the range (sparse retention), and empty where the engine names blocks that
-    it described before (offloading). `parent_block_hash` names the block before the first token, None at a prompt's start.
+    `token_ids` is an array of typecode ``I``. It covers ``len(block_hashes)`` blocks of `block_size` tokens; it is
+    longer where an engine keeps only some blocks of the range (sparse retention), and empty where the engine names
+    blocks that it described before (offloading). `parent_block_hash` names the block before the first token, None at a
+    prompt's start.
     """
 
     block_hashes: list[EngineHash]

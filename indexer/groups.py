@@ -44,8 +44,8 @@ class GroupBlocks(NamedTuple):
                 return 0
             return min(self.spans[0][1], limit) * size
         place = bisect_right(self.spans, (limit, 0))
-        for start, end in reversed(self.spans[:place]):
-            end = min(end, limit)
+        for start, stop in reversed(self.spans[:place]):
+            end = min(stop, limit)
             if end - start >= min(tail, end):
                 return end * size
         return 0

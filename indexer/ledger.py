@@ -190,7 +190,7 @@ class Ledger:
                 slot.seen[name] = now
                 slot.seen.move_to_end(name)
         if new:
-            changes.append(Change(slot, new, True))
+            changes.append(Change(slot, new, held=True))
 
     def remove(self, event: BlockRemoved) -> list[Change]:
         """Apply a removal. It takes one copy of each hash."""
@@ -224,7 +224,7 @@ class Ledger:
         if changes and changes[-1].slot is slot and not changes[-1].held:
             changes[-1].keys.append(key)
         else:
-            changes.append(Change(slot, [key], False))
+            changes.append(Change(slot, [key], held=False))
 
     def expire(self, before: float) -> list[Change]:
         """Drop blocks last announced before that monotonic time on media whose removals are never announced."""
@@ -267,4 +267,3 @@ class Ledger:
         if exact:
             return exact
         return here if place.group is None else [slot for slot in here if slot.group is None]
-

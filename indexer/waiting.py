@@ -28,9 +28,7 @@ class ParkedEvent:
 
     def removal(self) -> BlockRemoved:
         """Give the removals that came while the event was parked."""
-        return BlockRemoved(
-            block_hashes=self.removed, medium=self.event.medium, group_idx=self.event.group_idx
-        )
+        return BlockRemoved(block_hashes=self.removed, medium=self.event.medium, group_idx=self.event.group_idx)
 
 
 class WaitingRoom:
@@ -49,10 +47,12 @@ class WaitingRoom:
 
     @property
     def has_parked(self) -> bool:
+        """Whether any event is parked."""
         return bool(self._parked)
 
     @property
     def has_unplaced(self) -> bool:
+        """Whether any hash waits for its tokens."""
         return bool(self._unplaced)
 
     def parked_after(self, ignore: EngineHash) -> bool:

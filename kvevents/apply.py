@@ -112,5 +112,10 @@ class Applier:
         # a broken publisher repeats itself: say it at 1, 2, 4, 8, ... times
         if count & (count - 1) == 0:
             self._log.warning(
-                "message_discarded", topic=message.topic[:80], seq=message.seq, reason=reason, detail=detail, times=count
+                "message_discarded",
+                topic=message.topic[:80],
+                seq=message.seq,
+                reason=reason,
+                detail=detail,
+                times=count,
             )

@@ -109,4 +109,5 @@ class ShardQueue:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self._closed

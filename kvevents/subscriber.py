@@ -83,7 +83,7 @@ class Receiver:
 
     def settle(self) -> None:
         """Return when everything that has arrived at the sockets has been delivered."""
-        self._call(lambda: self._receive_all())
+        self._call(self._receive_all)
 
     def connected(self) -> dict[str, bool]:
         """Say for each pod that was subscribed by name whether its publisher is connected."""
@@ -221,7 +221,7 @@ class Receiver:
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
         self._open.append(opened)
-        return socket.last_endpoint.decode() if subscription.bind else subscription.endpoint
+        return socket.get_string(zmq.LAST_ENDPOINT) if subscription.bind else subscription.endpoint
 
     def _remove(self, pod: str) -> None:
         for opened in [opened for opened in self._open if opened.subscription.pod == pod]:
@@ -232,4 +232,5 @@ class Receiver:
 
     def _close(self, opened: _Open) -> None:
         opened.socket.disable_monitor()
+        opened.monitor.close(0)
         opened.socket.close(0)

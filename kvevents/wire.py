@@ -1,11 +1,12 @@
 """From payload bytes to events, for every dialect that engines speak.
 
-A batch is an array ``[ts, events, rank?]`` or a map. An event is a tagged array (vLLM up to 0.23, older SGLang), a tagged
-map (vLLM from 0.24, SGLang), an RFC 1527 map (Mooncake), or bytes that hold a packed array (llm-d's storage connector).
-Unknown keys and extra fields are ignored. A bad event costs that event, never its batch; a broken batch raises.
+A batch is an array ``[ts, events, rank?]`` or a map. An event is a tagged array (vLLM up to 0.23, older SGLang), a
+tagged map (vLLM from 0.24, SGLang), an RFC 1527 map (Mooncake), or bytes that hold a packed array (llm-d's storage
+connector). Unknown keys and extra fields are ignored. A bad event costs that event, never its batch; a broken batch
+raises.
 
-Sources: vLLM `distributed/kv_events.py` 0.9 to 0.33, SGLang 0.5.23 `disaggregation/kv_events.py`, LMCache 0.5, Mooncake's
-master events, llm-d-kv-cache 7be76e1.
+Sources: vLLM `distributed/kv_events.py` 0.9 to 0.33, SGLang 0.5.23, LMCache 0.5, Mooncake's master events,
+llm-d-kv-cache 7be76e1.
 """
 
 import re
@@ -76,7 +77,9 @@ def decode_batch(payload: bytes | bytearray | memoryview) -> Batch:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, TypeError) as error:
         raise DecodeError("bad_msgpack", str(error)) from error
     if isinstance(raw, dict):
-        ts, raw_events, rank = raw.get("ts"), raw.get("events"), raw.get("data_parallel_rank")
+        ts: Any = raw.get("ts")
+        raw_events: Any = raw.get("events")
+        rank: Any = raw.get("data_parallel_rank")
     elif isinstance(raw, list) and len(raw) >= 2:
         ts, raw_events = raw[0], raw[1]
         rank = raw[2] if len(raw) > 2 else None
@@ -107,7 +110,7 @@ def _event(item: Any) -> Event:
     if isinstance(item, list):
         if not item or not isinstance(item[0], str):
             raise _BadEvent("bad_event")
-        tag = item[0]
+        tag: Any = item[0]
         names = _STORED if tag == "BlockStored" else _REMOVED
         fields: Mapping[Any, Any] = dict(zip(names, item[1:], strict=False))
         pairs = len(item) > _PAIRS_SINCE
@@ -123,7 +126,9 @@ def _event(item: Any) -> Event:
         return _stored(fields, pairs=pairs)
     if tag == "BlockRemoved":
         return BlockRemoved(
-            block_hashes=_hashes(fields), medium=_medium(fields.get("medium")), group_idx=_group(fields.get("group_idx"))
+            block_hashes=_hashes(fields),
+            medium=_medium(fields.get("medium")),
+            group_idx=_group(fields.get("group_idx")),
         )
     if tag == "AllBlocksCleared":
         return AllBlocksCleared()

@@ -99,9 +99,7 @@ class PrefixScorer:
         Raises `InvalidRequest` as `match` does.
         """
         return scores_of(
-            self.match(
-                token_ids, model=model, pods=pods, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items
-            )
+            self.match(token_ids, model=model, pods=pods, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
         )
 
     async def amatch(

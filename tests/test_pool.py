@@ -1,0 +1,208 @@
+"""The pool over real sockets and without."""
+
+import threading
+
+import msgspec
+import pytest
+import zmq
+
+from indexer import Prompt, Source, open_index
+from kvevents import EventPool, Message, PoolClosed, SubscriptionError
+from kvevents.queue import ShardQueue
+from scorer import PrefixScorer
+
+from .conftest import payload
+
+TOPIC = b"kv@pod-a@m"
+STORED = ["BlockStored", [1], None, [1, 2, 3, 4], 4, None]
+
+
+def message(seq, *events, topic=TOPIC, rank=0, **more):
+    return Message(topic, seq, payload(*events, rank=rank), **more)
+
+
+@pytest.fixture
+def index():
+    return open_index()
+
+
+@pytest.fixture
+def pool(index):
+    with EventPool(index, workers=3) as opened:
+        yield opened
+
+
+def trust(index, pod="pod-a", rank=0):
+    return next(status.degraded for status in index.sources() if status.source == (pod, rank))
+
+
+def blocks(index, tokens=(1, 2, 3, 4), model="m"):
+    return {str(h.source): h.tokens // 4 for h in index.match(Prompt(list(tokens), model))}
+
+
+def test_submitted_messages_are_applied_in_order(index, pool):
+    for seq in range(200):
+        pool.submit(message(seq, STORED, ["BlockRemoved", [1]]) if seq % 2 else message(seq, STORED))
+    pool.drain()
+    assert blocks(index) == {"pod-a": 1}
+    assert index.stats()["copies_total"] == 199
+    assert pool.sequences() == {Source("pod-a"): 199}
+
+
+def test_ranks_of_one_topic_are_numbered_apart(index, pool):
+    for seq in range(3):
+        for rank in (0, 1):
+            pool.submit(message(seq, ["BlockStored", [seq], None, [1, 2, 3, 4], 4, None], rank=rank))
+    pool.drain()
+    assert blocks(index) == {"pod-a": 1, "pod-a#1": 1}
+    assert pool.stats()["restarts_total"] == pool.stats()["gaps_total"] == 0
+
+
+def test_a_gap_degrades_until_a_reset(index, pool):
+    pool.submit(message(0, STORED))
+    pool.drain()
+    assert trust(index) == ""
+    pool.submit(message(5, STORED))
+    pool.drain()
+    assert trust(index).startswith("gap")
+    assert pool.stats()["missing_total"] == 4
+    pool.submit(message(6, ["AllBlocksCleared"]))
+    pool.drain()
+    assert trust(index) == ""
+    assert blocks(index) == {"pod-a": 0}
+
+
+@pytest.mark.parametrize(("seq", "degraded"), [(0, False), (3, True)])
+def test_numbers_that_go_back_start_anew(index, pool, seq, degraded):
+    pool.submit(message(9, STORED))
+    pool.submit(message(seq))
+    pool.drain()
+    assert blocks(index) == {"pod-a": 0}
+    assert bool(trust(index)) is degraded
+    assert pool.stats()["restarts_total"] == 1
+
+
+def test_a_late_start_is_degraded(index, pool):
+    pool.submit(message(7, STORED))
+    pool.drain()
+    (match,) = PrefixScorer(index).match([1, 2, 3, 4], model="m")
+    assert (match.trust, match.blocks) == ("degraded", 1)
+
+
+def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
+    pool.submit(message(0, STORED))
+    pool.submit(Message(TOPIC, 1, b"\xc1"))
+    pool.submit(message(0, STORED, topic=b""))
+    pool.submit(message(2, STORED, ["Unknown"], 7))
+    pool.drain()
+    stats = pool.stats()
+    assert stats["dropped_bad_msgpack_total"] == stats["dropped_no_identity_total"] == 1
+    assert stats["dropped_event_unknown_event_total"] == stats["dropped_event_bad_event_total"] == 1
+    assert stats["worker_errors_total"] == 0
+    assert blocks(index) == {"pod-a": 1}
+
+
+def send(socket, seq, *events, topic=TOPIC):
+    socket.send_multipart([topic, seq.to_bytes(8, "big"), payload(*events)])
+
+
+def await_subscription(socket):
+    assert socket.poll(10_000)
+    assert socket.recv()[:1] == b"\x01"
+
+
+@pytest.fixture
+def context():
+    with zmq.Context() as opened:
+        yield opened
+        opened.destroy(0)
+
+
+def wait_for(pool, count):
+    reached = threading.Event()
+    for _ in range(1000):
+        pool.drain()
+        if pool.stats().get("received_total", 0) >= count:
+            return
+        reached.wait(0.01)
+    pytest.fail(f"{count} messages never came: {pool.stats()}")
+
+
+def test_connecting_to_a_publisher(index, pool, context):
+    with context.socket(zmq.XPUB) as publisher:
+        port = publisher.bind_to_random_port("tcp://127.0.0.1")
+        pool.subscribe("10.0.0.7:8000", f"tcp://127.0.0.1:{port}", model="m")
+        assert trust(index, "10.0.0.7:8000").startswith("no events yet")
+        await_subscription(publisher)
+        send(publisher, 0, STORED, topic=b"any text")
+        publisher.send_multipart([b"", b"short", b""])
+        publisher.send_multipart([b"", b"x" * 8])
+        send(publisher, 1, ["BlockStored", [2], 1, [5, 6, 7, 8], 4, None])
+        wait_for(pool, 4)
+        assert blocks(index, range(1, 9)) == {"10.0.0.7:8000": 2}
+        assert trust(index, "10.0.0.7:8000") == ""
+        assert pool.stats()["dropped_bad_frames_total"] == 2
+        assert pool.connected() == {"10.0.0.7:8000": True}
+        pool.unsubscribe("10.0.0.7:8000")
+        assert blocks(index) == {}
+        assert index.stats()["blocks"] == 0
+
+
+def test_binding_for_publishers_that_connect(index, pool, context):
+    endpoint = pool.bind("tcp://127.0.0.1:0", topic="kv@")
+    for pod in (b"a", b"b"):
+        with context.socket(zmq.XPUB) as publisher:
+            publisher.connect(endpoint)
+            await_subscription(publisher)
+            send(publisher, 0, STORED, topic=b"kv@%b@m" % pod)
+            wait_for(pool, 1 if pod == b"a" else 2)
+    assert blocks(index) == {"a": 1, "b": 1}
+
+
+def test_endpoints_that_cannot_be_used_are_refused(pool):
+    with pytest.raises(SubscriptionError, match="nonsense"):
+        pool.subscribe("pod", "nonsense")
+    with pytest.raises(SubscriptionError, match="nonsense"):
+        pool.bind("nonsense://x")
+    pool.subscribe("pod", "tcp://127.0.0.1:9")
+    with pytest.raises(SubscriptionError, match="already"):
+        pool.subscribe("pod", "tcp://127.0.0.1:9")
+
+
+def test_a_closed_pool_says_so(index):
+    pool = EventPool(index)
+    with pytest.raises(PoolClosed):
+        pool.submit(message(0))
+    pool.start()
+    pool.start()
+    pool.close()
+    pool.close()
+    with pytest.raises(PoolClosed):
+        pool.submit(message(0))
+
+
+def test_a_full_queue_drops_the_busiest_publisher_and_counts(index):
+    queue = ShardQueue(10, 1000)
+    for seq in range(20):
+        queue.put(("noisy", ""), message(seq), wait=False)
+    queue.put(("quiet", ""), message(0), wait=False)
+    assert (queue.messages, queue.dropped) == (10, 11)
+    first, second = queue.take(0), queue.take(0)
+    assert [m.seq for m in first] == list(range(11, 20))
+    assert [m.seq for m in second] == [0]
+
+
+def test_the_library_calls_of_the_readme():
+    index = open_index("memory://?impl=python")
+    with EventPool(index, workers=4) as pool:
+        pool.submit(
+            Message(topic=b"kv@pod-a@Qwen/Qwen3-8B", seq=0, payload=msgspec.msgpack.encode([1.0, [
+                ["BlockStored", [1, 2], None, list(range(32)), 16, None]], 0]))
+        )  # fmt: skip
+        pool.drain(timeout=5.0)
+        scorer = PrefixScorer(index, block_size=16, tier_weights={"gpu": 1.0, "cpu": 0.8})
+        assert scorer.score(list(range(40)), model="Qwen/Qwen3-8B", pods=None) == {"pod-a": 2.0}
+        (match,) = scorer.match(list(range(32)), model="Qwen/Qwen3-8B")
+        assert (match.blocks, match.tokens, match.reusable_tokens, match.tiers) == (2, 32, 16, {"gpu": 2})
+        pool.unsubscribe("pod-a")
+        assert scorer.score(list(range(40)), model="Qwen/Qwen3-8B") == {}
