@@ -1,0 +1,5 @@
+"""`python -m kvindex`."""
+
+from kvindex.cli import main
+
+main()

@@ -1,0 +1,172 @@
+"""The command line."""
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from indexer import IndexerError
+from kvevents import KVEventsError
+from kvindex import config as configuration
+from kvindex import logs
+from kvindex.errors import UserError
+from scorer import ScorerError
+
+app = typer.Typer(
+    name="kvindex",
+    help="Knows, for every block, where the KV cache of a fleet of LLM servers lies.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001  (typer calls it so)
+    if wanted:
+        print(f"kvindex {version('kv-cache-indexer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,  # noqa: FBT002
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: kvindex demo --pods 6 --seconds 20")
+def demo(
+    pods: Annotated[int, typer.Option(min=1, max=64, help="Simulated pods.")] = 4,
+    requests: Annotated[int, typer.Option(min=1, help="Prompts to route.")] = 600,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long it takes.")] = 12.0,
+    plain: Annotated[bool, typer.Option(help="Lines instead of a live view.")] = False,  # noqa: FBT002
+) -> None:
+    """Show it working: simulated pods, real events, scores, and the hit share against round robin."""
+    from kvindex.demo import run_demo
+
+    logs.configure("warning")
+    raise typer.Exit(run_demo(pods=pods, requests=requests, seconds=seconds, plain=plain))
+
+
+@app.command(epilog="Example: kvindex fleet --pods 16 --seconds 60 --check http://127.0.0.1:8080")
+def fleet(
+    pods: Annotated[int, typer.Option(min=1, max=1024, help="Simulated pods.")] = 16,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    base_port: Annotated[int, typer.Option(help="Pod i has this + 2i, and + 2i + 1 for replay; 0: any.")] = 5557,
+    model: Annotated[str, typer.Option(help="The model they say they serve.")] = "demo/model",
+    block_size: Annotated[int, typer.Option(min=1, max=1024, help="Tokens a block.")] = 16,
+    num_blocks: Annotated[int, typer.Option(min=64, help="Blocks in each pod's cache.")] = 4096,
+    dialect: Annotated[
+        list[str], typer.Option(help="Dialects, dealt out in turn: vllm-map, vllm-array, vllm-0.9, sglang.")
+    ] = ["vllm-map"],  # noqa: B006
+    rate: Annotated[float, typer.Option(min=0, help="Requests/s in all; 0: full speed.")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
+    wait_subscribers: Annotated[int, typer.Option(min=0, help="Begin when each pod has so many.")] = 1,
+    check: Annotated[str | None, typer.Option(help="URL of a kvindex service to compare with.")] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between checkpoints.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the endpoints as KVINDEX_PODS takes them.")] = False,  # noqa: FBT002
+) -> None:
+    """Run simulated pods that publish real events."""
+    from kvindex.fleet import DIALECTS, run_fleet
+
+    chosen = tuple(name for name in DIALECTS if name in dialect)
+    unknown = sorted(set(dialect) - set(DIALECTS))
+    if unknown:
+        raise UserError(f"--dialect {unknown[0]}: expected one of {', '.join(DIALECTS)}")
+    raise typer.Exit(
+        run_fleet(
+            pods=pods,
+            host=host,
+            base_port=base_port,
+            model=model,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            dialects=chosen,
+            rate=rate,
+            seconds=seconds,
+            wait_subscribers=wait_subscribers,
+            check=check,
+            every=every,
+            seed=seed,
+            as_json=json,
+        )
+    )
+
+
+@app.command(epilog="Example: kvindex replay tests/data/golden/plain.jsonl --check")
+def replay(
+    file: Annotated[Path, typer.Argument(help="A capture: JSON lines, also gzipped.")],
+    check: Annotated[bool, typer.Option(help="Compare with the engine's answers in the capture.")] = False,  # noqa: FBT002
+    copies: Annotated[str, typer.Option(help="count, or set for engines that announce blocks again.")] = "count",
+    pod: Annotated[str | None, typer.Option(help="The pod, where topics do not say.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model, where topics do not say.")] = None,
+) -> None:
+    """Play a capture into an index."""
+    from kvindex.replay import run_replay
+
+    if copies not in ("count", "set"):
+        raise UserError(f"--copies {copies}: expected count or set")
+    raise typer.Exit(run_replay(file, check=check, copies="set" if copies == "set" else "count", pod=pod, model=model))
+
+
+@app.command(epilog="Example: kvindex watch tcp://10.0.0.7:5557 tcp://10.0.0.8:5557")
+def watch(
+    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at.")],
+    topic: Annotated[str, typer.Option(help="Prefix of the topics to hear.")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
+) -> None:
+    """Show the events of some pods as they come."""
+    from kvindex.watch import run_watch
+
+    raise typer.Exit(run_watch(endpoints, topic=topic, seconds=seconds))
+
+
+@app.command(epilog="Example: kvindex score --model demo/model 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16")
+def score(
+    tokens: Annotated[list[int], typer.Argument(help="The token ids of the prompt; none: read JSON from stdin.")] = [],  # noqa: B006
+    model: Annotated[str, typer.Option(help="The model.")] = "demo/model",
+    url: Annotated[str, typer.Option(help="Where kvindex serve listens.")] = "http://127.0.0.1:8080",
+    lora_name: Annotated[str | None, typer.Option(help="The adapter.")] = None,
+    cache_salt: Annotated[str | None, typer.Option(help="The salt.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the answer as it is.")] = False,  # noqa: FBT002
+) -> None:
+    """Ask a running service which pods hold a prompt."""
+    from kvindex.score import run_score
+
+    if not tokens:
+        try:
+            tokens = msgspec.json.decode(sys.stdin.buffer.read(), type=list[int])
+        except msgspec.DecodeError as error:
+            raise UserError(f"stdin: expected a JSON list of token ids: {error}") from error
+    raise typer.Exit(run_score(url, model, tokens, lora_name=lora_name, cache_salt=cache_salt, raw=json))
+
+
+@app.command(epilog="Example: kvindex serve --config kvindex.toml")
+def serve(
+    config: Annotated[Path | None, typer.Option(envvar="KVINDEX_CONFIG", help="A TOML or YAML file.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (http.host).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (http.port).")] = None,
+) -> None:
+    """Follow pods and answer questions over HTTP."""
+    from kvindex.serve import run_serve
+
+    environ = dict(os.environ)
+    environ |= {"KVINDEX_HTTP_HOST": host} if host is not None else {}
+    environ |= {"KVINDEX_HTTP_PORT": str(port)} if port is not None else {}
+    loaded = configuration.load(config, environ)
+    logs.configure(loaded.log.level, loaded.log.format)
+    raise typer.Exit(run_serve(loaded))
+
+
+def main() -> None:
+    """Run the program. What a person did wrong is one line and exit status 2."""
+    try:
+        app()
+    except (UserError, IndexerError, KVEventsError, ScorerError) as error:
+        print(f"kvindex: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,158 @@
+"""Configuration: one TOML or YAML file, every key also as an environment variable, validated once at start.
+
+`[http] port` in the file is `KVINDEX_HTTP_PORT` in the environment, which wins. Lists and maps are JSON there:
+``KVINDEX_PODS='[{"pod": "pod-0", "endpoint": "tcp://10.0.0.7:5557"}]'``.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from kvindex.errors import ConfigError
+
+_NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
+_LISTS = {"pods", "bind"}
+
+Copies = Literal["count", "set"]
+
+
+class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the index lives."""
+
+    url: str = "memory://"
+
+
+class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How events are applied."""
+
+    workers: Annotated[int, Meta(ge=1, le=256)] = 4
+    model: str = ""
+    """The model of pods whose subscription and topic name none."""
+    copies: Copies = "count"
+
+
+class PodConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pod, or one rank of it, to connect to."""
+
+    pod: Annotated[str, Meta(min_length=1)]
+    endpoint: Annotated[str, Meta(min_length=1)]
+    replay: str | None = None
+    model: str = ""
+    topic: str = ""
+    copies: Copies | None = None
+
+
+class BindConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An endpoint that pods connect to."""
+
+    endpoint: Annotated[str, Meta(min_length=1)]
+    topic: str = ""
+    model: str = ""
+
+
+class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How matches become scores."""
+
+    block_size: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    tier_weights: dict[str, Annotated[float, Meta(ge=0)]] = {}
+
+
+class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP service."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8080
+    max_tokens: Annotated[int, Meta(ge=1)] = 1_000_000
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Log output, on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it."""
+
+    index: IndexConfig = IndexConfig()
+    pool: PoolConfig = PoolConfig()
+    pods: list[PodConfig] = []
+    bind: list[BindConfig] = []
+    scorer: ScorerConfig = ScorerConfig()
+    http: HttpConfig = HttpConfig()
+    log: LogConfig = LogConfig()
+
+
+def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+    """Read the file, if any, and the environment.
+
+    Raises `ConfigError` for a file that cannot be read, an unknown key or a value that cannot be used.
+    """
+    raw = {} if path is None else _read(path)
+    for name, text in environ.items():
+        if name.startswith("KVINDEX_") and name not in _NOT_KEYS:
+            _overlay(raw, name, text)
+    try:
+        return msgspec.convert(raw, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_readable(str(error))) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"configuration file {path}: expected sections, got {type(raw).__name__}")
+    return raw
+
+
+def _overlay(raw: dict[str, Any], name: str, text: str) -> None:
+    section, _, key = name.removeprefix("KVINDEX_").lower().partition("_")
+    if section in _LISTS and not key:
+        raw[section] = _json(name, text)
+        return
+    fields = {field.name: field for field in msgspec.structs.fields(Config)}
+    kind = fields[section].type if section in fields and section not in _LISTS else None
+    known = {field.name for field in msgspec.structs.fields(kind)} if kind is not None else set()
+    if key not in known:
+        raise ConfigError(f"{name}: no such key; known are {', '.join(_variables())}")
+    value = _json(name, text) if key == "tier_weights" else text
+    target = raw.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise ConfigError(f"{section}: expected a section, got {type(target).__name__}")
+    target[key] = value
+
+
+def _variables() -> list[str]:
+    names = []
+    for field in msgspec.structs.fields(Config):
+        if field.name in _LISTS:
+            names.append(f"KVINDEX_{field.name.upper()}")
+        else:
+            names += [f"KVINDEX_{field.name}_{key.name}".upper() for key in msgspec.structs.fields(field.type)]
+    return names
+
+
+def _json(name: str, text: str) -> Any:  # noqa: ANN401
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{name}: expected JSON, {error}") from error
+
+
+def _readable(message: str) -> str:
+    what, _, where = message.partition(" - at `$")
+    place = where.rstrip("`").lstrip(".") or "configuration"
+    return f"{place}: {what}"

@@ -1,0 +1,177 @@
+"""The HTTP service."""
+
+import time
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Request, Response, delete, get, post
+from litestar.config.response_cache import ResponseCacheConfig
+from litestar.exceptions import HTTPException
+from litestar.openapi.config import OpenAPIConfig
+from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_500_INTERNAL_SERVER_ERROR
+
+from indexer import Index
+from kvevents import EventPool
+from kvindex.metrics import Metrics
+from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
+
+
+class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """One question: which pods hold how much of this prompt?"""
+
+    model: str
+    token_ids: list[int]
+    pods: list[str] | None = None
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    mm_items: list[tuple[str, int, int]] = []
+
+
+class ScoreAnswer(msgspec.Struct):
+    """The scores of the pods that hold at least the first block, and all that is known besides."""
+
+    scores: dict[str, float]
+    matches: list[PodMatch]
+    block_size: int
+    prompt_tokens: int
+    best: str | None
+
+
+class PodStatus(msgspec.Struct):
+    """What is known of one rank of a pod."""
+
+    pod: str
+    rank: int
+    model: str
+    blocks: int
+    tiers: dict[str, int]
+    block_sizes: list[int]
+    incarnation: int
+    trust: str
+    reason: str
+    since: float
+    last_seq: int | None
+    connected: bool | None
+
+
+class Pods(msgspec.Struct):
+    """All pods that are followed."""
+
+    pods: list[PodStatus]
+
+
+class Problem(msgspec.Struct):
+    """What was wrong with a request (RFC 9457)."""
+
+    title: str
+    status: int
+    detail: str
+
+
+_decode = msgspec.json.Decoder(ScoreRequest).decode
+
+
+def create_app(
+    scorer: PrefixScorer, index: Index, pool: EventPool, *, max_tokens: int, max_body_bytes: int
+) -> Litestar:
+    """Make the application: `/v1/score`, `/v1/pods`, `/healthz`, `/readyz`, `/metrics`, OpenAPI at `/schema`."""
+    metrics = Metrics(index, pool)
+
+    @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
+    async def score(request: Request[Any, Any, Any]) -> Response[ScoreAnswer]:
+        """Say which pods hold how much of a prompt. The body is a ScoreRequest."""
+        try:
+            asked = _decode(await request.body())
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=_readable(str(error))) from error
+        if len(asked.token_ids) > max_tokens:
+            raise HTTPException(
+                status_code=HTTP_400_BAD_REQUEST,
+                detail=f"token_ids: {len(asked.token_ids)} tokens, at most {max_tokens} are answered",
+            )
+        start = time.perf_counter()
+        try:
+            matches = await scorer.amatch(
+                asked.token_ids,
+                model=asked.model,
+                pods=asked.pods,
+                lora_name=asked.lora_name,
+                cache_salt=asked.cache_salt,
+                mm_items=asked.mm_items,
+            )
+        except ScorerError as error:
+            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
+        metrics.answered(time.perf_counter() - start)
+        scores = scores_of(matches)
+        best = next(iter(scores), None)
+        size = scorer.block_size(asked.model)
+        return Response(ScoreAnswer(scores, matches, size, len(asked.token_ids), best))
+
+    @get("/v1/pods")
+    async def pods() -> Pods:
+        """Describe all pods that are followed."""
+        sequences, connected = pool.sequences(), pool.connected()
+        return Pods(
+            [
+                PodStatus(
+                    pod=status.source.pod,
+                    rank=status.source.rank,
+                    model=status.model,
+                    blocks=status.blocks,
+                    tiers=status.tiers,
+                    block_sizes=status.block_sizes,
+                    incarnation=status.incarnation,
+                    trust="degraded" if status.degraded else "exact",
+                    reason=status.degraded,
+                    since=status.degraded_since,
+                    last_seq=sequences.get(status.source),
+                    connected=connected.get(status.source.pod),
+                )
+                for status in index.sources()
+            ]
+        )
+
+    @delete("/v1/pods/{pod:str}")
+    async def forget(pod: str) -> None:
+        """Stop following a pod and forget its blocks."""
+        pool.unsubscribe(pod)
+
+    @get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Say that the process is up."""
+        return {"status": "up"}
+
+    @get("/readyz")
+    async def readyz() -> Response[dict[str, Any]]:
+        """Say whether every subscribed pod is connected."""
+        missing = sorted(pod for pod, connected in pool.connected().items() if not connected)
+        if missing:
+            return Response({"status": "not ready", "not_connected": missing}, status_code=503)
+        return Response({"status": "ready"})
+
+    @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics_text() -> bytes:
+        """Give all metrics for Prometheus."""
+        return metrics.text()
+
+    return Litestar(
+        [score, pods, forget, healthz, readyz, metrics_text],
+        openapi_config=OpenAPIConfig(title="kvindex", version="1"),
+        exception_handlers={HTTPException: _problem, HTTP_500_INTERNAL_SERVER_ERROR: _failure},
+        response_cache_config=ResponseCacheConfig(),
+    )
+
+
+def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
+    problem = Problem(type(error).__name__, error.status_code, error.detail)
+    return Response(problem, status_code=error.status_code, media_type="application/problem+json")
+
+
+def _failure(_: Request[Any, Any, Any], __: Exception) -> Response[Problem]:
+    problem = Problem("Internal error", HTTP_500_INTERNAL_SERVER_ERROR, "the service failed; its log says why")
+    return Response(problem, status_code=problem.status, media_type="application/problem+json")
+
+
+def _readable(message: str) -> str:
+    what, _, where = message.partition(" - at `$")
+    return f"{where.rstrip('`').lstrip('.') or 'body'}: {what}"

@@ -1,0 +1,50 @@
+"""`kvindex serve`: events in, scores out over HTTP."""
+
+import socket
+
+import structlog
+import uvicorn
+
+from indexer import open_index
+from kvevents import EventPool, KVEventsError
+from kvindex.config import Config
+from kvindex.errors import UserError
+from kvindex.http import create_app
+from scorer import PrefixScorer
+
+
+def run_serve(config: Config) -> int:
+    """Run until SIGTERM or SIGINT. Raises `UserError` when the port or an endpoint cannot be had."""
+    log = structlog.get_logger("kvindex")
+    listener = _listen(config.http.host, config.http.port)
+    index = open_index(config.index.url)
+    with EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies) as pool:
+        try:
+            for pod in config.pods:
+                pool.subscribe(
+                    pod.pod, pod.endpoint, replay=pod.replay, model=pod.model, topic=pod.topic, copies=pod.copies
+                )
+            for bound in config.bind:
+                pool.bind(bound.endpoint, topic=bound.topic, model=bound.model)
+        except KVEventsError as error:
+            raise UserError(str(error)) from error
+        scorer = PrefixScorer(index, config.scorer.block_size, tier_weights=config.scorer.tier_weights)
+        app = create_app(
+            scorer, index, pool, max_tokens=config.http.max_tokens, max_body_bytes=config.http.max_body_bytes
+        )
+        host, port = listener.getsockname()[:2]
+        log.info("serving", url=f"http://{host}:{port}", pods=len(config.pods), index=config.index.url)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
+        server.run(sockets=[listener])
+        log.info("stopped")
+    index.close()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"http.port {port} on {host}: {error.strerror}; choose another with --port or KVINDEX_HTTP_PORT"
+        ) from error
