@@ -72,7 +72,8 @@ def fleet(
     json: Annotated[bool, typer.Option("--json", help="Print the endpoints as KVINDEX_PODS takes them.")] = False,  # noqa: FBT002
 ) -> None:
     """Run simulated pods that publish real events."""
-    from kvindex.fleet import DIALECTS, run_fleet
+    from kvevents.testing import DIALECTS
+    from kvindex.fleet import run_fleet
 
     chosen = tuple(name for name in DIALECTS if name in dialect)
     unknown = sorted(set(dialect) - set(DIALECTS))

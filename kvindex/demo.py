@@ -1,141 +1,282 @@
-"""`kvindex demo`: a small fleet, its events over real sockets, and what routing by them is worth."""
+"""`kvindex demo`: a small fleet, its index and a router on one machine, shown live, and checked at the end."""
 
+import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
-from indexer import open_index
+from indexer import Source, open_index
 from kvevents import EventPool
-from kvindex.engine import SimulatedEngine
-from kvindex.errors import UserError
-from kvindex.fleet import Fleet, SimulatedPod, Workload
-from scorer import PodMatch, PrefixScorer
+from kvevents.testing import DIALECTS
+from kvindex.engine import OutOfBlocksError, Request, SimulatedEngine
+from kvindex.fleet import Fleet, Pod, Turn, Workload
+from scorer import PrefixScorer
 
+MODEL = "demo/model"
+BLOCK_SIZE = 16
+BLOCKS_PER_POD = 640
+_OPEN_PER_POD = 2
 _SHOWN = 6
+_CHECKED = 40
+_CATCH_UP_S = 10.0
+_REFRESH_S = 0.1
+_PLAIN_GAP_S = 0.005
+"""Prompts that come faster than events travel are routed blindly; engines take longer than this anyway."""
 
 
-class _Tally:
-    """What happened at one pod."""
+@dataclass
+class _Routed:
+    """One prompt and where it went."""
 
-    def __init__(self) -> None:
-        self.requests = 0
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
+    turn: Turn
+    scores: dict[str, float]
+    pod: str
+    cached: int
 
-    def add(self, prompt: int, cached: int) -> None:
-        self.requests += 1
-        self.prompt_tokens += prompt
-        self.cached_tokens += cached
+
+@dataclass(eq=False)
+class _RoundRobin:
+    """The same engines without an index: each prompt goes to the next pod."""
+
+    engines: list[SimulatedEngine]
+    next: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    open: deque[tuple[SimulatedEngine, Request, list[int]]] = field(default_factory=deque)
+
+    def route(self, turn: Turn) -> None:
+        """Run one prompt on the next pod."""
+        engine = self.engines[self.next]
+        self.next = (self.next + 1) % len(self.engines)
+        while True:
+            try:
+                request = engine.begin(turn.prompt)
+                break
+            except OutOfBlocksError:
+                if not self.open:
+                    raise
+                self._finish()
+        self.prompt_tokens += len(turn.prompt)
+        self.cached_tokens += request.cached_tokens
+        self.open.append((engine, request, turn.output))
+        if len(self.open) > _OPEN_PER_POD * len(self.engines):
+            self._finish()
 
     @property
-    def share(self) -> float:
+    def hit_share(self) -> float:
+        """The share of all prompt tokens that was not computed again."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    def _finish(self) -> None:
+        engine, request, output = self.open.popleft()
+        engine.finish(request, output)
 
-def run_demo(*, pods: int = 4, requests: int = 600, seconds: float = 12.0, plain: bool = False) -> int:
-    """Route `requests` prompts in about `seconds`, live in the terminal (`plain`: as lines), and end with a table.
 
-    The exit status is 1 if what the index said at the end was not what the pods held.
+class _Router:
+    """Sends each prompt to the pod that holds most of it, among equals to the one with the least to do."""
+
+    def __init__(self, fleet: Fleet, scorer: PrefixScorer) -> None:
+        self.fleet = fleet
+        self.scorer = scorer
+        self.open: deque[tuple[Pod, Request, list[int]]] = deque()
+        self.busy = {pod.name: 0 for pod in fleet.pods}
+        self.last: deque[_Routed] = deque(maxlen=_CHECKED)
+
+    def route(self, turn: Turn) -> None:
+        """Run one prompt on the best pod."""
+        scores = self.scorer.score(turn.prompt, model=MODEL)
+        pod = min(
+            self.fleet.pods,
+            key=lambda pod: (
+                -scores.get(pod.name, 0.0),
+                self.busy[pod.name],
+                pod.prompt_tokens - pod.cached_tokens,
+            ),
+        )
+        while True:
+            try:
+                request = pod.begin(turn.prompt)
+                break
+            except OutOfBlocksError:
+                if not self.open:
+                    raise
+                self.finish_oldest()
+        self.open.append((pod, request, turn.output))
+        self.busy[pod.name] += 1
+        self.last.append(_Routed(turn, scores, pod.name, request.cached_tokens))
+        if len(self.open) > _OPEN_PER_POD * len(self.fleet.pods):
+            self.finish_oldest()
+
+    def finish_oldest(self) -> None:
+        """End the request that has been open for longest."""
+        pod, request, output = self.open.popleft()
+        pod.finish(request, output)
+        self.busy[pod.name] -= 1
+
+    @property
+    def hit_share(self) -> float:
+        """The share of all prompt tokens that was not computed again, over all pods."""
+        total = sum(pod.prompt_tokens for pod in self.fleet.pods)
+        return sum(pod.cached_tokens for pod in self.fleet.pods) / total if total else 0.0
+
+
+def run_demo(*, pods: int = 4, requests: int = 400, seconds: float = 15.0, plain: bool = False) -> int:
+    """Route a stream of prompts over a simulated fleet by what the index says, and check the index at the end.
+
+    Pods publish over real ZMQ sockets on the loopback, in all dialects in turn. The traffic ends after `requests`
+    prompts or `seconds`. `plain` prints lines and no live display, as happens when standard output is no terminal.
+    Gives the exit status: 1 when the index and an engine disagree at the end.
     """
-    console = Console()
-    live_view = console.is_terminal and not plain
-    if not console.is_terminal:
-        console = Console(width=110)
-    console.print(f"starting {pods} simulated pods, an index and a scorer; {requests} prompts follow")
+    console = Console(file=sys.stdout, highlight=False)
+    live = not plain and console.is_terminal
     index = open_index("memory://")
-    fleet = Fleet(pods, num_blocks=2500)
-    shadow = [SimulatedEngine(num_blocks=2500) for _ in fleet.pods]
-    ours = {pod.name: _Tally() for pod in fleet.pods}
-    blind = _Tally()
-    told: deque[tuple[int, list[PodMatch], str]] = deque(maxlen=_SHOWN)
-    workload = Workload(7, conversations=48)
-    scorer = PrefixScorer(index)
-    pace = threading.Event()
-    prompts: deque[list[int]] = deque(maxlen=20)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
     try:
-        with EventPool(index, workers=2) as pool:
+        with (
+            Fleet(pods, model=MODEL, block_size=BLOCK_SIZE, num_blocks=BLOCKS_PER_POD, dialects=DIALECTS) as fleet,
+            EventPool(index, workers=2, model=MODEL) as pool,
+        ):
             for pod in fleet.pods:
-                pool.subscribe(pod.name, pod.publisher.endpoint, model=fleet.model)
+                pool.subscribe(pod.name, pod.publisher.endpoint, replay=pod.publisher.replay, model=MODEL)
             for pod in fleet.pods:
-                if not pod.publisher.wait_for_subscribers(1, 10.0):
-                    raise UserError(f"{pod.name} at {pod.publisher.endpoint}: the subscriber did not connect in 10 s")
-            start = time.monotonic()
-            with Live(console=console, auto_refresh=False, transient=True) as live:
-                for number in range(requests):
-                    prompt, answer = workload.next()
-                    matches = scorer.match(prompt, model=fleet.model)
-                    chosen = _choose(fleet.pods, matches, ours)
-                    ran = chosen.run(prompt, answer)
-                    ours[chosen.name].add(len(prompt), ran.cached_tokens)
-                    blind.add(len(prompt), shadow[number % pods].run(prompt, answer).cached_tokens)
-                    prompts.append(prompt)
-                    told.append((len(prompt), matches, chosen.name))
-                    if live_view:
-                        live.update(_screen(fleet, ours, blind, told), refresh=True)
-                    elif (number + 1) % max(1, requests // 6) == 0:
-                        console.print(
-                            f"{number + 1:5} prompts: hit share {_share(ours):5.1%} by score, "
-                            f"{blind.share:5.1%} round robin"
-                        )
-                    pace.wait(max(0.0, start + (number + 1) * seconds / requests - time.monotonic()))
-            pool.drain(30.0)
-            events = pool.stats()["events_total"]
-        wrong = [
-            (pod.name, len(prompt))
-            for prompt in prompts
-            for pod in fleet.pods
-            if _told(scorer.match(prompt, model=fleet.model), pod.name) != pod.engine.hit_blocks(prompt)
-        ]
+                pod.publisher.wait_for_subscribers(1, timeout=_CATCH_UP_S)
+            router = _Router(fleet, PrefixScorer(index))
+            shadow = _RoundRobin(
+                [SimulatedEngine(block_size=BLOCK_SIZE, num_blocks=BLOCKS_PER_POD) for _ in fleet.pods]
+            )
+            say(f"{pods} pods publish KV events over ZMQ; up to {requests} prompts are routed by what the index says.")
+            if live:
+                with Live(_view(router, shadow), console=console, refresh_per_second=10) as display:
+                    _run(router, shadow, requests, seconds, lambda: display.update(_view(router, shadow)), paced=True)
+            else:
+                _run(router, shadow, requests, seconds, lambda: say(_line(router, shadow)), paced=False)
+            while router.open:
+                router.finish_oldest()
+            behind = _catch_up(pool, fleet)
+            wrong, compared = _differences(router)
+            console.print(_pods(router, examples=True))
+            ours, theirs = router.hit_share, shadow.hit_share
+            say(f"tokens not computed again: {ours:.0%} routed by the index, {theirs:.0%} under round robin")
+            if behind or wrong:
+                say(f"check FAILED: {len(behind)} pods behind, {len(wrong)} of {compared} answers differ")
+                for line in (behind + wrong)[:_SHOWN]:
+                    say(f"  {line}")
+                return 1
+            say(
+                f"check: for the last {len(router.last)} prompts x {pods} pods the index and the engines agree "
+                f"({fleet.blocks_published()} blocks published)"
+            )
+            return 0
+    except TimeoutError as error:
+        say(f"the demo could not run: {error}")
+        return 1
     finally:
-        fleet.close()
-    console.print(_screen(fleet, ours, blind, told))
-    console.print(
-        f"{events} events over ZMQ. Hit share: [bold]{_share(ours):.1%} routed by score[/bold], "
-        f"{blind.share:.1%} round robin ({_share(ours) / max(blind.share, 1e-9):.1f} times)."
-    )
-    verdict = f"{len(wrong)} answers differ: {wrong[:3]}" if wrong else "all equal"
-    console.print(f"Checked {len(prompts)} prompts x {pods} pods against what the pods hold: {verdict}.")
-    return 1 if wrong else 0
+        index.close()
 
 
-def _choose(pods: list[SimulatedPod], matches: list[PodMatch], ours: dict[str, _Tally]) -> SimulatedPod:
-    """Take the pod with the highest score; of equal ones that with the fewest requests."""
-    scores = {match.pod: match.score for match in matches}
-    return min(pods, key=lambda pod: (-scores.get(pod.name, 0.0), ours[pod.name].requests))
+def _run(
+    router: _Router, shadow: _RoundRobin, requests: int, seconds: float, show: Callable[[], None], *, paced: bool
+) -> None:
+    """Route the prompts; `paced` spreads them so that they can be watched, else they come every few milliseconds."""
+    workload = Workload(7, systems=12, conversations=24, max_tokens=1_400, system_tokens=480)
+    start = time.monotonic()
+    pause = threading.Event()
+    gap = min(0.6 * seconds / max(1, requests), 1.0 if paced else _PLAIN_GAP_S)
+    shown = start
+    for number in range(requests):
+        now = time.monotonic()
+        if now - start >= seconds:
+            break
+        turn = next(workload)
+        router.route(turn)
+        shadow.route(turn)
+        pause.wait(max(0.0, start + (number + 1) * gap - time.monotonic()))
+        last = number + 1 == requests
+        if last or ((now - shown >= _REFRESH_S) if paced else (number + 1) % max(1, requests // 5) == 0):
+            show()
+            shown = now
 
 
-def _told(matches: list[PodMatch], pod: str) -> int:
-    return next((match.blocks for match in matches if match.pod == pod), 0)
-
-
-def _share(ours: dict[str, _Tally]) -> float:
-    prompt = sum(tally.prompt_tokens for tally in ours.values())
-    return sum(tally.cached_tokens for tally in ours.values()) / prompt if prompt else 0.0
-
-
-def _screen(
-    fleet: Fleet, ours: dict[str, _Tally], blind: _Tally, told: deque[tuple[int, list[PodMatch], str]]
-) -> Group:
-    pods = Table(title="Pods")
-    for name in ("pod", "blocks held", "requests", "prompt tokens", "from cache", "hit share"):
-        pods.add_column(name, justify="left" if name == "pod" else "right")
-    for pod in fleet.pods:
-        tally = ours[pod.name]
-        cells = [f"{len(pod.engine.resident()):,}", f"{tally.requests:,}", f"{tally.prompt_tokens:,}"]
-        pods.add_row(pod.name, *cells, f"{tally.cached_tokens:,}", f"{tally.share:.1%}")
-    scores = Table(title="Newest prompts: blocks of the prompt each pod holds, and the choice")
-    for name in ("tokens", *(pod.name for pod in fleet.pods), "sent to"):
-        scores.add_column(name, justify="right")
-    for tokens, matches, chosen in told:
-        held = [
-            f"[bold]{_told(matches, p.name)}[/bold]" if p.name == chosen else str(_told(matches, p.name))
-            for p in fleet.pods
+def _catch_up(pool: EventPool, fleet: Fleet) -> list[str]:
+    """Wait until all that was published has been applied; name the pods for which that did not happen."""
+    deadline = time.monotonic() + _CATCH_UP_S
+    pause = threading.Event()
+    while True:
+        pool.drain(_CATCH_UP_S)
+        applied = pool.sequences()
+        behind = [
+            f"{pod.name}: published up to {pod.publisher.last_seq}, applied up to {applied.get(Source(pod.name))}"
+            for pod in fleet.pods
+            if applied.get(Source(pod.name), -1) != pod.publisher.last_seq
         ]
-        scores.add_row(f"{tokens:,}", *held, chosen)
-    bar = Panel(f"hit share  by score {_share(ours):6.1%}   round robin {blind.share:6.1%}")
-    return Group(pods, scores, bar)
+        if not behind or time.monotonic() >= deadline:
+            return behind
+        pause.wait(0.01)
+
+
+def _differences(router: _Router) -> tuple[list[str], int]:
+    """Compare what the index says of the last prompts with what the engines hold."""
+    wrong, compared = [], 0
+    for routed in router.last:
+        prompt = routed.turn.prompt
+        said = {match.pod: match.blocks for match in router.scorer.match(prompt, model=MODEL)}
+        for pod in router.fleet.pods:
+            compared += 1
+            held = pod.engine.hit_blocks(prompt)
+            if said.get(pod.name, 0) != held:
+                wrong.append(
+                    f"{pod.name}: {len(prompt)} tokens, {held} blocks held, the index says {said.get(pod.name)}"
+                )
+    return wrong, compared
+
+
+def _pods(router: _Router, *, examples: bool = False) -> Table:
+    shown = list(router.last)[-3:] if examples else []
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("pod", no_wrap=True)
+    table.add_column("dialect", no_wrap=True)
+    for name in ("blocks", "requests", "hit\nshare"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for routed in shown:
+        table.add_column(f"score of\n{len(routed.turn.prompt)} tok.", justify="right", no_wrap=True)
+    answers = [router.scorer.score(routed.turn.prompt, model=MODEL) for routed in shown]
+    for pod in router.fleet.pods:
+        scores = [f"{answer.get(pod.name, 0.0):g}" for answer in answers]
+        held = str(sum(pod.engine.resident().values()))
+        table.add_row(pod.name, pod.dialect, held, str(pod.requests), f"{pod.hit_share:.0%}", *scores)
+    return table
+
+
+def _view(router: _Router, shadow: _RoundRobin) -> Group:
+    pods = router.fleet.pods
+    prompts = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("prompt tokens", *(pod.name for pod in pods), "cached tokens"):
+        prompts.add_column(name, justify="right")
+    for routed in list(router.last)[-_SHOWN:]:
+        cells = [
+            Text(f"{routed.scores.get(pod.name, 0.0):g}", "bold green" if pod.name == routed.pod else "dim")
+            for pod in pods
+        ]
+        prompts.add_row(str(len(routed.turn.prompt)), *cells, str(routed.cached))
+    return Group(
+        _pods(router),
+        Panel(prompts, title="Scores of the last prompts, the chosen pod in green", title_align="left"),
+        Text(_line(router, shadow)),
+    )
+
+
+def _line(router: _Router, shadow: _RoundRobin) -> str:
+    done = sum(pod.requests for pod in router.fleet.pods)
+    return f"{done} prompts: {router.hit_share:.0%} of tokens cached, round robin {shadow.hit_share:.0%}"

@@ -1,267 +1,494 @@
-"""`kvindex fleet`: simulated pods that publish real events, and know what they hold."""
+"""A fleet of simulated engines that publish over real sockets, and the traffic that keeps them busy.
 
+`run_fleet` is the program behind `kvindex fleet`: it can also ask a running service about prompts and compare every
+answer with what the engines themselves hold.
+"""
+
+import contextlib
 import json
 import random
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, Self
 
 import httpx
 import zmq
 
-from kvevents.testing import Dialect, Publisher
-from kvindex.engine import Ran, SimulatedEngine
-from kvindex.errors import UserError
+from kvevents.testing import DIALECTS, Dialect, Publisher, RawEvent, cleared, removed, stored
+from kvindex.engine import EngineEvent, Removed, Request, SimulatedEngine, Stored
 
-DIALECTS: tuple[Dialect, ...] = ("vllm-map", "vllm-array", "vllm-0.9", "sglang")
-_CAUGHT_UP_S = 30.0
-_SHOWN = 5
+VOCABULARY = 128_000
+_LINGER_S = 0.02
+_DIFFERENCES_SHOWN = 10
+_REMEMBERED_PROMPTS = 2_000
+
+
+class Turn(NamedTuple):
+    """One request of a conversation."""
+
+    prompt: list[int]
+    output: list[int]
+    """What the engine will generate."""
+    conversation: int
 
 
 class Workload:
-    """Prompts as chats make them: some system prompts, many conversations that grow turn by turn."""
+    """An endless stream of conversations that share system prompts, the same for the same `seed`.
 
-    def __init__(self, seed: int = 0, *, systems: int = 8, conversations: int = 64) -> None:
+    Each of the `conversations` going on at a time begins with one of the `systems` system prompts and grows turn by
+    turn, up to `max_tokens`; then another takes its place. Now and then a prompt comes again, cut to whole blocks of
+    16 tokens, which makes an engine store a block twice.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        systems: int = 8,
+        conversations: int = 48,
+        max_tokens: int = 2_048,
+        system_tokens: int = 512,
+    ) -> None:
         self._rng = random.Random(seed)
-        self._systems = [self._tokens(200, 1200) for _ in range(systems)]
-        self._open = [self._begin() for _ in range(conversations)]
+        longest = min(system_tokens, max_tokens // 2)
+        self._systems = [self._words(self._rng.randint(longest // 4, longest)) for _ in range(systems)]
+        self._max_tokens = max_tokens
+        self._going = [self._begin(number) for number in range(conversations)]
+        self._begun = conversations
+        self._old: list[list[int]] = []
 
-    def next(self) -> tuple[list[int], list[int]]:
-        """Give the tokens of the next prompt, and those of the answer it will get."""
-        number = self._rng.randrange(len(self._open))
-        if len(self._open[number]) > 4000 or self._rng.random() < 0.1:
-            self._open[number] = self._begin()
-        prompt = self._open[number] + self._tokens(20, 200)
-        answer = self._tokens(20, 120)
-        self._open[number] = prompt + answer
-        return prompt, answer
+    def __iter__(self) -> Iterator[Turn]:
+        return self
 
-    def _begin(self) -> list[int]:
-        return list(self._rng.choice(self._systems))
+    def __next__(self) -> Turn:
+        rng = self._rng
+        if self._old and rng.random() < 0.05:
+            old = rng.choice(self._old)
+            again = old[: max(16, len(old) // 16 * 16)]
+            return Turn(again, self._words(8), -1)
+        place = rng.randrange(len(self._going))
+        number, history = self._going[place]
+        prompt = history + self._words(rng.randint(8, 120))
+        output = self._words(rng.randint(4, 120))
+        self._remember(prompt)
+        if len(prompt) + len(output) + 240 > self._max_tokens:
+            self._going[place] = self._begin(self._begun)
+            self._begun += 1
+        else:
+            self._going[place] = (number, prompt + output)
+        return Turn(prompt, output, number)
 
-    def _tokens(self, least: int, most: int) -> list[int]:
-        return [self._rng.randrange(150_000) for _ in range(self._rng.randint(least, most))]
+    def sample(self, count: int) -> list[list[int]]:
+        """Give prompts to ask about: old ones, beginnings and changed copies of old ones, and some never seen."""
+        rng = self._rng
+        prompts = []
+        for number in range(count):
+            prompt = rng.choice(self._old) if self._old else rng.choice(self._systems)
+            cut = rng.randint(1, len(prompt))
+            match number % 4:
+                case 0 | 1:
+                    prompts.append(prompt)
+                case 2:
+                    prompts.append(prompt[:cut] + self._words(len(prompt) - cut))
+                case _:
+                    prompts.append(rng.choice(self._systems) + self._words(rng.randint(1, 64)))
+        return prompts
+
+    def _begin(self, number: int) -> tuple[int, list[int]]:
+        return number, self._rng.choice(self._systems)
+
+    def _words(self, count: int) -> list[int]:
+        return self._rng.choices(range(VOCABULARY), k=count)
+
+    def _remember(self, prompt: list[int]) -> None:
+        if len(self._old) < _REMEMBERED_PROMPTS:
+            self._old.append(prompt)
+        else:
+            self._old[self._rng.randrange(len(self._old))] = prompt
 
 
-@dataclass
-class SimulatedPod:
-    """An engine and its publisher."""
+def on_the_wire(dialect: Dialect, event: EngineEvent, block_size: int) -> RawEvent:
+    """Say an engine's event in the words of a dialect."""
+    match event:
+        case Stored(hashes, parent, tokens, lora_name, salt):
+            return stored(dialect, hashes, parent, tokens, block_size, lora_name=lora_name, cache_salt=salt)
+        case Removed(name):
+            return removed(dialect, [name])
+        case _:
+            return cleared(dialect)
+
+
+@dataclass(eq=False)
+class Pod:
+    """One engine and its publisher."""
 
     name: str
     engine: SimulatedEngine
     publisher: Publisher
-    blocks: int = 0
+    dialect: Dialect
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    blocks_published: int = 0
 
-    def run(self, prompt: list[int], answer: list[int]) -> Ran:
-        """Serve one request and publish what happened."""
-        ran = self.engine.run(prompt, answer)
-        self.blocks += len(prompt + answer) // self.engine.block_size - ran.cached_tokens // self.engine.block_size
-        if ran.events:
-            self.publisher.publish(ran.events)
-        return ran
+    @property
+    def hit_share(self) -> float:
+        """The share of all prompt tokens that was not computed again."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def begin(self, prompt: Sequence[int]) -> Request:
+        """Run a prompt, publish what it did to the cache, and keep its blocks in use."""
+        request = self.engine.begin(prompt)
+        self.requests += 1
+        self.prompt_tokens += len(prompt)
+        self.cached_tokens += request.cached_tokens
+        self._publish(request.events)
+        return request
+
+    def finish(self, request: Request, output: Sequence[int] = ()) -> None:
+        """End a request and publish what its output did to the cache."""
+        self._publish(self.engine.finish(request, output))
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._publish(self.engine.reset())
+
+    def _publish(self, events: Sequence[EngineEvent]) -> None:
+        if not events:
+            return
+        self.blocks_published += sum(len(event.hashes) for event in events if isinstance(event, Stored))
+        self.publisher.publish([on_the_wire(self.dialect, event, self.engine.block_size) for event in events])
 
 
 class Fleet:
-    """Some simulated pods. With `base_port` 0 any free ports, else pod i has base + 2i, and base + 2i + 1 for replay."""
+    """Simulated pods, each with an engine, a publisher and a replay socket.
+
+    Pod number i publishes at port `base_port + 2 * i` of `host` and replays at the port after it; `base_port=0` takes
+    any free ports. `dialects` are given to the pods in turn. Use it as a context manager or call `close`.
+
+    Raises `zmq.ZMQError` when an endpoint cannot be bound.
+    """
 
     def __init__(
         self,
         pods: int = 16,
         *,
-        host: str = "127.0.0.1",
         base_port: int = 0,
-        model: str = "demo/model",
+        host: str = "127.0.0.1",
+        model: str = "sim/model",
         block_size: int = 16,
-        num_blocks: int = 4096,
-        dialects: tuple[Dialect, ...] = ("vllm-map",),
+        num_blocks: int = 2_048,
+        dialects: Sequence[Dialect] = ("vllm-map",),
+        seed: int = 0,
     ) -> None:
+        if pods < 1 or not dialects:
+            raise ValueError(f"expected at least one pod and one dialect, got {pods} and {list(dialects)}")
         self.model = model
-        self.pods: list[SimulatedPod] = []
-        for number in range(pods):
-            ports = (base_port + 2 * number, base_port + 2 * number + 1) if base_port else (0, 0)
-            name = f"pod-{number}"
-            try:
+        self.pods: list[Pod] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.max_sockets = 4 * pods + 64
+        try:
+            for number in range(pods):
+                name = f"pod-{number:02}"
+                ports = (base_port + 2 * number, base_port + 2 * number + 1) if base_port else (0, 0)
                 publisher = Publisher(
                     f"tcp://{host}:{ports[0]}",
                     replay=f"tcp://{host}:{ports[1]}",
                     topic=f"kv@{name}@{model}".encode(),
+                    context=self._context,
                 )
-            except zmq.ZMQError as error:
-                self.close()
-                raise UserError(
-                    f"ports {ports[0]} and {ports[1]} on {host}: {error.strerror}; choose others with --base-port"
-                ) from error
-            engine = SimulatedEngine(block_size, num_blocks, dialects[number % len(dialects)])
-            self.pods.append(SimulatedPod(name, engine, publisher))
+                engine = SimulatedEngine(block_size=block_size, num_blocks=num_blocks, seed=seed * 1_000 + number)
+                self.pods.append(Pod(name, engine, publisher, dialects[number % len(dialects)]))
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"Fleet({len(self.pods)} pods of {self.model!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(self, pod: Pod | int, prompt: Sequence[int], output: Sequence[int] = ()) -> int:
+        """Run one request on a pod (or the pod of a number); give the tokens that were cached."""
+        chosen = self.pods[pod] if isinstance(pod, int) else pod
+        request = chosen.begin(prompt)
+        chosen.finish(request, output)
+        return request.cached_tokens
+
+    def endpoints(self) -> list[dict[str, str]]:
+        """Say where each pod publishes and replays."""
+        return [
+            {
+                "pod": pod.name,
+                "endpoint": pod.publisher.endpoint,
+                "replay": pod.publisher.replay or "",
+                "model": self.model,
+            }
+            for pod in self.pods
+        ]
+
+    def blocks_published(self) -> int:
+        """Give the number of blocks that all pods have announced."""
+        return sum(pod.blocks_published for pod in self.pods)
 
     def close(self) -> None:
-        """Close all sockets."""
+        """Close all sockets. May be called twice."""
         for pod in self.pods:
             pod.publisher.close()
+        if not self._context.closed:
+            self._context.term()
+
+
+class Checkpoint(NamedTuple):
+    """What comparing a service with the engines gave."""
+
+    prompts: int
+    differences: list[str]
+    degraded: int
+    """Pods that the service calls degraded."""
+
+
+class Checker:
+    """Compares the answers of a service with what the engines of a fleet hold. Traffic must pause meanwhile."""
+
+    def __init__(self, fleet: Fleet, url: str, *, timeout: float = 30.0) -> None:
+        self._fleet = fleet
+        self._timeout = timeout
+        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout, trust_env=False)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def check(self, prompts: Sequence[list[int]], stop: threading.Event) -> Checkpoint:
+        """Wait until the service has heard all that was published, then compare its answers for `prompts`.
+
+        What keeps the service from answering is a difference too.
+        """
+        try:
+            degraded, differences = self._catch_up(stop)
+            if not differences:
+                for prompt in prompts:
+                    differences += self._compare(prompt)
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return Checkpoint(len(prompts), [f"the service did not answer as expected: {error!r:.300}"], 0)
+        return Checkpoint(len(prompts), differences, degraded)
+
+    def _catch_up(self, stop: threading.Event) -> tuple[int, list[str]]:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            answer = self._client.get("/v1/pods").raise_for_status().json()
+            known = {entry["pod"]: entry for entry in answer["pods"] if entry["rank"] == 0}
+            behind = []
+            for pod in self._fleet.pods:
+                last = known.get(pod.name, {}).get("last_seq")
+                if pod.publisher.last_seq >= 0 and last != pod.publisher.last_seq:
+                    behind.append(f"{pod.name}: published up to {pod.publisher.last_seq}, the service is at {last}")
+            if not behind or time.monotonic() >= deadline:
+                names = {pod.name for pod in self._fleet.pods}
+                return sum(known[name]["trust"] != "exact" for name in names & known.keys()), behind
+            stop.wait(_LINGER_S)
+            if stop.is_set():
+                deadline = min(deadline, time.monotonic() + 1.0)
+                threading.Event().wait(_LINGER_S)
+
+    def _compare(self, prompt: list[int]) -> list[str]:
+        body = {"model": self._fleet.model, "token_ids": prompt}
+        answer = self._client.post("/v1/score", json=body).raise_for_status().json()
+        blocks: dict[str, int] = {match["pod"]: match["blocks"] for match in answer["matches"] if match["rank"] == 0}
+        differences = []
+        for pod in self._fleet.pods:
+            held, said = pod.engine.hit_blocks(prompt), blocks.get(pod.name, 0)
+            if held != said:
+                differences.append(
+                    f"{pod.name} ({pod.dialect}): {held} blocks of {len(prompt)} tokens, the service says {said}"
+                )
+        return differences
 
 
 def run_fleet(
     *,
     pods: int = 16,
+    base_port: int = 15_557,
     host: str = "127.0.0.1",
-    base_port: int = 5557,
-    model: str = "demo/model",
+    model: str = "sim/model",
     block_size: int = 16,
-    num_blocks: int = 4096,
-    dialects: tuple[Dialect, ...] = ("vllm-map",),
-    rate: float = 0.0,
-    seconds: float = 0.0,
-    wait_subscribers: int = 1,
-    check: str | None = None,
-    every: float = 10.0,
+    num_blocks: int = 2_048,
+    dialects: Sequence[Dialect] = ("vllm-map",),
     seed: int = 0,
+    wait_subscribers: int = 1,
+    wait_timeout: float = 0.0,
+    rate: float = 200.0,
+    seconds: float = 0.0,
+    check: str | None = None,
+    every: float = 5.0,
+    samples: int = 50,
+    sync_timeout: float = 30.0,
     as_json: bool = False,
 ) -> int:
-    """Run simulated pods for `seconds` (0: until SIGINT or SIGTERM) at `rate` requests/s (0: full speed).
+    """Run a fleet until its time is over or somebody stops it; give the exit status.
 
-    With `check`, the URL of a `kvindex serve`, traffic pauses each `every` seconds and the scores given there are
-    compared with what the pods hold; the exit status is 1 where they differ.
+    Endpoints go to standard output, with `as_json` as one line of JSON (all else then goes to standard error). Traffic
+    of `rate` requests a second (0: as fast as it goes) starts when each pod has `wait_subscribers` subscribers; waiting
+    ends with status 1 after `wait_timeout` seconds (0: never). It ends after `seconds` (0: at SIGINT or SIGTERM).
+    `check` is the URL of a service: each `every` seconds, and at the end, traffic pauses and `samples` prompts are
+    compared, see `Checker`. Any difference makes the status 1.
     """
-    stop = threading.Event()
+    unknown = set(dialects) - set(DIALECTS)
+    if unknown:
+        print(f"dialects: expected some of {', '.join(DIALECTS)}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    out = sys.stderr if as_json else sys.stdout
 
-    def end(_: int, __: FrameType | None) -> None:
-        stop.set()
+    def say(text: str) -> None:
+        print(text, file=out, flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    fleet = Fleet(
-        pods,
-        host=host,
-        base_port=base_port,
-        model=model,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        dialects=dialects,
-    )
     try:
-        _introduce(fleet, as_json=as_json)
-        if not _await_subscribers(fleet, wait_subscribers, stop):
-            return 0
-        return _traffic(fleet, Workload(seed), stop, rate=rate, seconds=seconds, check=check, every=every)
-    finally:
-        fleet.close()
+        fleet = Fleet(
+            pods,
+            base_port=base_port,
+            host=host,
+            model=model,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            dialects=dialects,
+            seed=seed,
+        )
+    except zmq.ZMQError as error:
+        print(f"cannot bind the pods' ports from {base_port} on {host}: {error.strerror}", file=sys.stderr)
+        return 1
+    with fleet, _stopped_by_signals() as stop:
+        if as_json:
+            print(json.dumps(fleet.endpoints()), flush=True)
+        else:
+            for entry in fleet.endpoints():
+                say(f"{entry['pod']}  events {entry['endpoint']}  replay {entry['replay']}  model {entry['model']}")
+        if wait_subscribers and not _wait_for_subscribers(fleet, wait_subscribers, wait_timeout, stop, say):
+            return 0 if stop.is_set() else 1
+        checker = Checker(fleet, check, timeout=sync_timeout) if check else None
+        try:
+            return _traffic(fleet, checker, rate, seconds, every, samples, seed, stop, say)
+        finally:
+            if checker is not None:
+                checker.close()
 
 
-def _introduce(fleet: Fleet, *, as_json: bool) -> None:
-    listed = [
-        {"pod": p.name, "endpoint": p.publisher.endpoint, "replay": p.publisher.replay, "model": fleet.model}
-        for p in fleet.pods
-    ]
-    if as_json:
-        print(json.dumps(listed), flush=True)
-        return
-    for pod in listed:
-        print(f"{pod['pod']}  events {pod['endpoint']}  replay {pod['replay']}  model {pod['model']}", flush=True)
-
-
-def _await_subscribers(fleet: Fleet, count: int, stop: threading.Event) -> bool:
-    for number, pod in enumerate(fleet.pods):
-        said = False
-        while not pod.publisher.wait_for_subscribers(count, 1.0):
-            if stop.is_set():
-                return False
-            if not said:
-                print(
-                    f"waiting for {count} subscriber(s) of {pod.name} ({number} of {len(fleet.pods)} ready)", flush=True
-                )
-                said = True
-    return True
+def _wait_for_subscribers(
+    fleet: Fleet, count: int, timeout: float, stop: threading.Event, say: Callable[[str], None]
+) -> bool:
+    deadline = time.monotonic() + timeout if timeout else float("inf")
+    shown = -1
+    while not stop.is_set():
+        ready = sum(pod.publisher.subscribers >= count for pod in fleet.pods)
+        if ready != shown:
+            say(f"{ready} of {len(fleet.pods)} pods have {count} subscriber{'s' if count > 1 else ''}")
+            shown = ready
+        if ready == len(fleet.pods):
+            return True
+        if time.monotonic() >= deadline:
+            say(f"no subscribers within {timeout:g} s")
+            return False
+        stop.wait(_LINGER_S)
+    return False
 
 
 def _traffic(
     fleet: Fleet,
-    workload: Workload,
-    stop: threading.Event,
-    *,
+    checker: Checker | None,
     rate: float,
     seconds: float,
-    check: str | None,
     every: float,
+    samples: int,
+    seed: int,
+    stop: threading.Event,
+    say: Callable[[str], None],
 ) -> int:
-    rng = random.Random(1)
-    start = time.monotonic()
-    checkpoint, number, requests, wrong = start + every, 0, 0, 0
-    recent: list[list[int]] = []
+    rng = random.Random(seed)
+    engine = fleet.pods[0].engine
+    workload = Workload(seed, max_tokens=max(64, min(2_048, engine.num_blocks * engine.block_size // 2)))
+    homes: dict[int, Pod] = {}
+    status = requests = checkpoints = 0
+    start = due = time.monotonic()
+    report_at = start + every
     while not stop.is_set():
         now = time.monotonic()
         over = bool(seconds) and now - start >= seconds
-        if now >= checkpoint or over:
-            number += 1
-            blocks = sum(pod.blocks for pod in fleet.pods)
-            if check is None:
-                print(f"{now - start:6.0f} s  {requests} requests, {blocks} blocks published", flush=True)
-            else:
-                differences = compare(fleet, check, recent + [workload.next()[0] for _ in range(10)])
-                wrong += len(differences)
-                verdict = "equal" if not differences else f"{len(differences)} DIFFERENT"
-                print(
-                    f"checkpoint {number}: {len(recent) + 10} prompts x {len(fleet.pods)} pods {verdict}, "
-                    f"{requests} requests, {blocks} blocks published",
-                    flush=True,
-                )
-                for line in differences[:_SHOWN]:
-                    print(f"  {line}", flush=True)
-            checkpoint = time.monotonic() + every
+        if over or now >= report_at:
+            checkpoints += 1
+            status |= _report(fleet, checker, workload.sample(samples), checkpoints, requests, stop, say)
             if over:
                 break
-        prompt, answer = workload.next()
-        rng.choice(fleet.pods).run(prompt, answer)
+            # the time that a checkpoint took does not count as missed traffic
+            due += time.monotonic() - now
+            report_at = time.monotonic() + every
+        turn = next(workload)
+        home = homes.get(turn.conversation)
+        pod = home if home is not None and rng.random() < 0.7 else rng.choice(fleet.pods)
+        homes[turn.conversation] = pod
+        fleet.step(pod, turn.prompt, turn.output)
         requests += 1
-        if len(recent) < 40:
-            recent.append(prompt)
-        elif rng.random() < 0.1:
-            recent[rng.randrange(40)] = prompt
-        if rate and stop.wait(max(0.0, start + requests / rate - time.monotonic())):
-            break
-    return 1 if wrong else 0
+        if len(homes) > _REMEMBERED_PROMPTS:
+            homes.clear()
+        if rate:
+            due += 1 / rate
+            stop.wait(max(0.0, due - time.monotonic()))
+    say(f"{requests} requests, {fleet.blocks_published()} blocks published, {checkpoints} checkpoints")
+    return status
 
 
-def compare(fleet: Fleet, url: str, prompts: list[list[int]]) -> list[str]:
-    """Ask a service about some prompts, and say where its answers are not what the pods hold.
+def _report(
+    fleet: Fleet,
+    checker: Checker | None,
+    prompts: list[list[int]],
+    number: int,
+    requests: int,
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> int:
+    blocks = fleet.blocks_published()
+    if checker is None:
+        say(f"{requests} requests, {blocks} blocks published")
+        return 0
+    result = checker.check(prompts, stop)
+    if not result.differences:
+        trust = f", {result.degraded} pods called degraded" if result.degraded else ""
+        equal = f"{result.prompts} prompts x {len(fleet.pods)} pods equal"
+        say(f"checkpoint {number}: {equal}, {blocks} blocks published{trust}")
+        return 0
+    if stop.is_set():
+        say(f"checkpoint {number}: stopped before it was done")
+        return 0
+    say(f"checkpoint {number}: {len(result.differences)} DIFFERENCES, {blocks} blocks published")
+    for difference in result.differences[:_DIFFERENCES_SHOWN]:
+        say(f"  {difference}")
+    return 1
 
-    Waits until the service has applied everything that was published. Raises `UserError` when it does not answer.
-    """
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set; in other threads than the main one signals are left alone."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with httpx.Client(base_url=url, timeout=30.0) as client:
-            late = _await_caught_up(fleet, client)
-            if late:
-                return [late]
-            return [line for prompt in prompts for line in _differences(fleet, client, prompt)]
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        raise UserError(f"{url}: no usable answer: {error!r}; is `kvindex serve` running there?") from error
-
-
-def _await_caught_up(fleet: Fleet, client: httpx.Client) -> str:
-    expected = {pod.name: pod.publisher.seq - 1 for pod in fleet.pods if pod.publisher.seq}
-    deadline = time.monotonic() + _CAUGHT_UP_S
-    pause = threading.Event()
-    while True:
-        known: dict[str, Any] = {pod["pod"]: pod["last_seq"] for pod in client.get("/v1/pods").json()["pods"]}
-        behind = [name for name, seq in expected.items() if known.get(name) != seq]
-        if not behind:
-            return ""
-        if time.monotonic() > deadline:
-            name = behind[0]
-            return f"{name}: published up to {expected[name]}, applied up to {known.get(name)} after {_CAUGHT_UP_S} s"
-        pause.wait(0.02)
-
-
-def _differences(fleet: Fleet, client: httpx.Client, prompt: list[int]) -> list[str]:
-    response = client.post("/v1/score", json={"model": fleet.model, "token_ids": prompt})
-    response.raise_for_status()
-    told = {match["pod"]: (match["tokens"], match["trust"]) for match in response.json()["matches"]}
-    lines = []
-    for pod in fleet.pods:
-        held = pod.engine.hit_blocks(prompt) * pod.engine.block_size
-        tokens, trust = told.get(pod.name, (0, "exact"))
-        if tokens != held or trust != "exact":
-            lines.append(f"{pod.name}: {len(prompt)} tokens, holds {held}, told {tokens} ({trust})")
-    return lines
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

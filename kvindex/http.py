@@ -8,6 +8,7 @@ from litestar import Litestar, Request, Response, delete, get, post
 from litestar.config.response_cache import ResponseCacheConfig
 from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
+from litestar.params import FromPath, JSONBody
 from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_500_INTERNAL_SERVER_ERROR
 
 from indexer import Index
@@ -68,9 +69,6 @@ class Problem(msgspec.Struct):
     detail: str
 
 
-_decode = msgspec.json.Decoder(ScoreRequest).decode
-
-
 def create_app(
     scorer: PrefixScorer, index: Index, pool: EventPool, *, max_tokens: int, max_body_bytes: int
 ) -> Litestar:
@@ -78,34 +76,30 @@ def create_app(
     metrics = Metrics(index, pool)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def score(request: Request[Any, Any, Any]) -> Response[ScoreAnswer]:
-        """Say which pods hold how much of a prompt. The body is a ScoreRequest."""
-        try:
-            asked = _decode(await request.body())
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=_readable(str(error))) from error
-        if len(asked.token_ids) > max_tokens:
+    async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
+        """Say which pods hold how much of a prompt."""
+        if len(data.token_ids) > max_tokens:
             raise HTTPException(
                 status_code=HTTP_400_BAD_REQUEST,
-                detail=f"token_ids: {len(asked.token_ids)} tokens, at most {max_tokens} are answered",
+                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
             )
         start = time.perf_counter()
         try:
             matches = await scorer.amatch(
-                asked.token_ids,
-                model=asked.model,
-                pods=asked.pods,
-                lora_name=asked.lora_name,
-                cache_salt=asked.cache_salt,
-                mm_items=asked.mm_items,
+                data.token_ids,
+                model=data.model,
+                pods=data.pods,
+                lora_name=data.lora_name,
+                cache_salt=data.cache_salt,
+                mm_items=data.mm_items,
             )
         except ScorerError as error:
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
         metrics.answered(time.perf_counter() - start)
         scores = scores_of(matches)
         best = next(iter(scores), None)
-        size = scorer.block_size(asked.model)
-        return Response(ScoreAnswer(scores, matches, size, len(asked.token_ids), best))
+        size = scorer.block_size(data.model)
+        return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
 
     @get("/v1/pods")
     async def pods() -> Pods:
@@ -132,7 +126,7 @@ def create_app(
         )
 
     @delete("/v1/pods/{pod:str}")
-    async def forget(pod: str) -> None:
+    async def forget(pod: FromPath[str]) -> None:
         """Stop following a pod and forget its blocks."""
         pool.unsubscribe(pod)
 
@@ -163,7 +157,8 @@ def create_app(
 
 
 def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
-    problem = Problem(type(error).__name__, error.status_code, error.detail)
+    details = [_readable(part) for part in error.extra or [] if isinstance(part, dict)]
+    problem = Problem(type(error).__name__, error.status_code, "; ".join(details) or error.detail)
     return Response(problem, status_code=error.status_code, media_type="application/problem+json")
 
 
@@ -172,6 +167,5 @@ def _failure(_: Request[Any, Any, Any], __: Exception) -> Response[Problem]:
     return Response(problem, status_code=problem.status, media_type="application/problem+json")
 
 
-def _readable(message: str) -> str:
-    what, _, where = message.partition(" - at `$")
-    return f"{where.rstrip('`').lstrip('.') or 'body'}: {what}"
+def _readable(part: dict[str, Any]) -> str:
+    return f"{part.get('key') or 'body'}: {part.get('message', '')}"

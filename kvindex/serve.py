@@ -1,6 +1,9 @@
 """`kvindex serve`: events in, scores out over HTTP."""
 
+import contextlib
+import signal
 import socket
+from collections.abc import Iterator
 
 import structlog
 import uvicorn
@@ -34,11 +37,24 @@ def run_serve(config: Config) -> int:
         )
         host, port = listener.getsockname()[:2]
         log.info("serving", url=f"http://{host}:{port}", pods=len(config.pods), index=config.index.url)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
+        server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         server.run(sockets=[listener])
         log.info("stopped")
     index.close()
     return 0
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's, but after SIGTERM or SIGINT `run` returns, so that the pool and the index are closed too."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,89 @@
+"""The programs, run as a person runs them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import GOLDEN
+
+
+def run(*arguments, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "kvindex", *arguments], capture_output=True, text=True, timeout=90, check=False, **more
+    )
+
+
+@pytest.mark.parametrize("command", ["demo", "fleet", "replay", "watch", "score", "serve"])
+def test_help_has_an_example(command):
+    answer = run(command, "--help")
+    assert answer.returncode == 0
+    assert f"Example: kvindex {command}" in " ".join(answer.stdout.split())
+
+
+def test_replay_checks_a_capture():
+    duplicates = next(path for path in GOLDEN if path.stem == "duplicates")
+    answer = run("replay", str(duplicates), "--check")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "4 of 4 queries equal the engine's own answers" in answer.stdout
+    wrong = run("replay", str(duplicates), "--check", "--copies", "set")
+    assert wrong.returncode == 1
+    assert "the engine" in wrong.stdout
+
+
+def test_the_demo_ends_with_equal_answers():
+    answer = run("demo", "--requests", "60", "--seconds", "1")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "the index and the engines agree" in answer.stdout
+    assert "round robin" in answer.stdout
+
+
+def test_a_fleet_beside_a_service_agrees():
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KVINDEX_")}
+    options = ["--pods", "3", "--base-port", "0", "--json", "--seconds", "3", "--every", "1", "--num-blocks", "600"]
+    dialects = ["--dialect", "vllm-map", "--dialect", "sglang", "--check"]
+    fleet = [sys.executable, "-m", "kvindex", "fleet", *options, *dialects]
+    service = [sys.executable, "-m", "kvindex", "serve"]
+    port = _free_port()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*fleet, f"http://127.0.0.1:{port}"], **pipes) as pods:
+        listed = pods.stdout.readline()
+        assert len(json.loads(listed)) == 3
+        environ |= {"KVINDEX_PODS": listed, "KVINDEX_HTTP_PORT": str(port)}
+        with subprocess.Popen(service, env=environ, stderr=subprocess.PIPE, text=True) as serving:
+            _, output = pods.communicate(timeout=90)
+            serving.terminate()
+            _, log = serving.communicate(timeout=30)
+    assert pods.returncode == 0, output + log
+    assert output.count("equal") >= 2, output
+    assert serving.returncode == 0, log
+    assert '"stopped"' in log
+    assert "Traceback" not in log
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["replay", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["replay", __file__], "line 1"),
+        (["watch", "nonsense"], "nonsense"),
+        (["fleet", "--dialect", "klingon"], "klingon"),
+        (["score", "--url", "http://127.0.0.1:9", "1"], "http://127.0.0.1:9"),
+        (["serve", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["serve", "--port", "70000"], "http.port"),
+    ],
+)
+def test_what_a_person_does_wrong_is_one_line(arguments, says, tmp_path):
+    answer = run(*arguments, cwd=Path(__file__).parents[1])
+    assert answer.returncode == 2
+    assert says in answer.stderr
+    assert "Traceback" not in answer.stderr
