@@ -47,6 +47,8 @@ _PAIRS_SINCE = 9
 """Fields after the tag from which on tagged arrays name images with their place (vLLM 0.20 added group_idx)."""
 _DIGEST = re.compile(r"[0-9a-fA-F]{16,}")
 
+_BROKEN = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, TypeError)
+
 _decode = msgspec.msgpack.Decoder().decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -74,7 +76,7 @@ def decode_batch(payload: bytes | bytearray | memoryview) -> Batch:
     """
     try:
         raw = _decode(payload)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, TypeError) as error:
+    except _BROKEN as error:
         raise DecodeError("bad_msgpack", str(error)) from error
     if isinstance(raw, dict):
         ts: Any = raw.get("ts")
@@ -105,7 +107,7 @@ def _event(item: Any) -> Event:
     if isinstance(item, bytes):
         try:
             item = _decode(item)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except _BROKEN as error:
             raise _BadEvent("bad_msgpack") from error
     if isinstance(item, list):
         if not item or not isinstance(item[0], str):

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -26,6 +27,8 @@ VOCABULARY = 128_000
 _LINGER_S = 0.02
 _DIFFERENCES_SHOWN = 10
 _REMEMBERED_PROMPTS = 2_000
+_RECENT_PROMPTS = 96
+_REPEATS = 0.1
 
 
 class Turn(NamedTuple):
@@ -58,25 +61,28 @@ class Workload:
         longest = min(system_tokens, max_tokens // 2)
         self._systems = [self._words(self._rng.randint(longest // 4, longest)) for _ in range(systems)]
         self._max_tokens = max_tokens
+        self._step = max(1, min(120, max_tokens // 8))
         self._going = [self._begin(number) for number in range(conversations)]
         self._begun = conversations
         self._old: list[list[int]] = []
+        self._recent: deque[tuple[int, list[int]]] = deque(maxlen=_RECENT_PROMPTS)
 
     def __iter__(self) -> Iterator[Turn]:
         return self
 
     def __next__(self) -> Turn:
         rng = self._rng
-        if self._old and rng.random() < 0.05:
-            old = rng.choice(self._old)
+        if self._recent and rng.random() < _REPEATS:
+            number, old = rng.choice(self._recent)
             again = old[: max(16, len(old) // 16 * 16)]
-            return Turn(again, self._words(8), -1)
+            self._recent.append((number, again))
+            return Turn(again, self._words(rng.randint(1, 16)), number)
         place = rng.randrange(len(self._going))
         number, history = self._going[place]
-        prompt = history + self._words(rng.randint(8, 120))
-        output = self._words(rng.randint(4, 120))
-        self._remember(prompt)
-        if len(prompt) + len(output) + 240 > self._max_tokens:
+        prompt = history + self._words(rng.randint(1, self._step))
+        output = self._words(rng.randint(1, self._step))
+        self._remember(number, prompt)
+        if len(prompt) + len(output) + 2 * self._step > self._max_tokens:
             self._going[place] = self._begin(self._begun)
             self._begun += 1
         else:
@@ -84,16 +90,18 @@ class Workload:
         return Turn(prompt, output, number)
 
     def sample(self, count: int) -> list[list[int]]:
-        """Give prompts to ask about: old ones, beginnings and changed copies of old ones, and some never seen."""
+        """Give prompts to ask about: recent and old ones, recent ones with another end, and some never seen."""
         rng = self._rng
         prompts = []
         for number in range(count):
-            prompt = rng.choice(self._old) if self._old else rng.choice(self._systems)
+            prompt = rng.choice(self._recent)[1] if self._recent else rng.choice(self._systems)
             cut = rng.randint(1, len(prompt))
-            match number % 4:
+            match number % 5:
                 case 0 | 1:
                     prompts.append(prompt)
                 case 2:
+                    prompts.append(rng.choice(self._old or self._systems))
+                case 3:
                     prompts.append(prompt[:cut] + self._words(len(prompt) - cut))
                 case _:
                     prompts.append(rng.choice(self._systems) + self._words(rng.randint(1, 64)))
@@ -105,7 +113,8 @@ class Workload:
     def _words(self, count: int) -> list[int]:
         return self._rng.choices(range(VOCABULARY), k=count)
 
-    def _remember(self, prompt: list[int]) -> None:
+    def _remember(self, number: int, prompt: list[int]) -> None:
+        self._recent.append((number, prompt))
         if len(self._old) < _REMEMBERED_PROMPTS:
             self._old.append(prompt)
         else:
@@ -416,7 +425,9 @@ def _traffic(
 ) -> int:
     rng = random.Random(seed)
     engine = fleet.pods[0].engine
-    workload = Workload(seed, max_tokens=max(64, min(2_048, engine.num_blocks * engine.block_size // 2)))
+    workload = Workload(
+        seed, max_tokens=min(max(2_048, 8 * engine.block_size), engine.num_blocks * engine.block_size // 2)
+    )
     homes: dict[int, Pod] = {}
     status = requests = checkpoints = 0
     start = due = time.monotonic()

@@ -5,7 +5,9 @@ from collections import Counter
 
 import pytest
 
+from kvindex.demo import run_demo
 from kvindex.engine import Cleared, OutOfBlocksError, Removed, SimulatedEngine, Stored
+from kvindex.fleet import Fleet, Workload, run_fleet
 
 SIZE = 4
 
@@ -219,3 +221,40 @@ def test_refuses_sizes_and_prompts_that_make_no_sense():
         SimulatedEngine(block_size=0)
     with pytest.raises(ValueError, match="at least one token"):
         SimulatedEngine().run([])
+
+
+def test_a_workload_is_the_same_for_the_same_seed_and_stays_within_its_bound():
+    first, again = Workload(3, max_tokens=300), Workload(3, max_tokens=300)
+    turns = [next(first) for _ in range(500)]
+    assert turns == [next(again) for _ in range(500)]
+    assert max(len(turn.prompt) + len(turn.output) for turn in turns) <= 300
+    assert first.sample(20) == again.sample(20)
+
+
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 64), (16, 64), (1024, 64)])
+def test_a_fleet_runs_with_any_sizes(block_size, num_blocks, capsys):
+    status = run_fleet(
+        pods=2,
+        base_port=0,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        wait_subscribers=0,
+        rate=0,
+        seconds=0.2,
+        every=1,
+    )
+    assert status == 0
+    assert "blocks published" in capsys.readouterr().out
+
+
+def test_a_fleet_counts_what_its_pods_reuse():
+    with Fleet(2, block_size=SIZE, num_blocks=16, dialects=("sglang",)) as fleet:
+        assert [fleet.step(0, tokens(3)), fleet.step(0, tokens(3)), fleet.step(1, tokens(3))] == [0, 8, 0]
+        assert fleet.pods[0].hit_share == pytest.approx(1 / 3)
+        assert fleet.blocks_published() == 3 + 1 + 3
+        assert [pod.publisher.last_seq for pod in fleet.pods] == [1, 0]
+
+
+def test_the_demo_ends_with_the_index_and_the_engines_agreeing(capsys):
+    assert run_demo(pods=3, requests=80, seconds=10, plain=True) == 0
+    assert "the index and the engines agree" in capsys.readouterr().out

@@ -110,6 +110,7 @@ def test_bare_images_of_vllm_0_18():
         (["Never"], "unknown_event"),
         ({"event_type": "never"}, "unknown_event"),
         (b"\xc1", "bad_msgpack"),
+        (b"\xa1\x80", "bad_msgpack"),
         (["BlockRemoved", ["text"]], "bad_hash"),
         (["BlockRemoved", [1.5]], "bad_hash"),
         (["BlockRemoved", [True]], "bad_hash"),
