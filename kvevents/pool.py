@@ -46,6 +46,7 @@ class EventPool:
         if workers < 1:
             raise SubscriptionError(f"workers: expected at least 1, got {workers}")
         self._index = index
+        self._copies: Copies = copies
         self._log = structlog.get_logger("kvevents")
         self._queues = [ShardQueue(queue_messages // workers, queue_bytes // workers) for _ in range(workers)]
         self._appliers = [Applier(index, model=model, copies=copies, log=self._log) for _ in range(workers)]
@@ -136,7 +137,7 @@ class EventPool:
                     self._subscribed.pop(pod, None)
             raise
         if first and model:
-            self._index.register(Source(pod), model=model, copies=copies or "count", degraded=NO_EVENTS_YET)
+            self._index.register(Source(pod), model=model, copies=copies or self._copies, degraded=NO_EVENTS_YET)
 
     def bind(self, endpoint: str, *, topic: str = "", model: str = "") -> str:
         """Open an endpoint that pods connect to; give its address, with the port where 0 asked for any.
@@ -217,6 +218,10 @@ class EventPool:
         pod = message.pod or parse_topic(message.topic).pod
         self._queues[self._shard(pod)].put((pod, message.endpoint), message, wait=wait)
 
+    def _follows(self, message: Message) -> bool:
+        """Say no for what was on its way when its pod was unsubscribed: it must not bring the pod back."""
+        return message.pod is None or not message.endpoint or message.endpoint in self._subscribed.get(message.pod, ())
+
     def _work(self, number: int) -> None:
         queue, applier, lock = self._queues[number], self._appliers[number], self._locks[number]
         expire_at = time.monotonic() + _EXPIRE_EVERY_S
@@ -227,7 +232,8 @@ class EventPool:
             for message in messages:
                 try:
                     with lock:
-                        applier.apply(message)
+                        if self._follows(message):
+                            applier.apply(message)
                 except Exception as error:  # noqa: BLE001  (one message must not end the worker of many pods)
                     self._errors += 1
                     self._log.error("apply_error", topic=message.topic[:80], seq=message.seq, error=repr(error))

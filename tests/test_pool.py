@@ -148,6 +148,27 @@ def test_connecting_to_a_publisher(index, pool, context):
         assert index.stats()["blocks"] == 0
 
 
+def test_what_is_on_its_way_does_not_bring_an_unsubscribed_pod_back(index, pool):
+    endpoint = "tcp://127.0.0.1:9"
+    pool.subscribe("pod-a", endpoint, model="m")
+    late = message(0, STORED, pod="pod-a", model="m", endpoint=endpoint)
+    pool.submit(late)
+    pool.drain()
+    assert blocks(index) == {"pod-a": 1}
+    pool.unsubscribe("pod-a")
+    pool.submit(late)
+    pool.drain()
+    assert blocks(index) == {}
+
+
+def test_the_pools_way_to_count_copies_holds_for_subscribed_pods(index):
+    with EventPool(index, copies="set") as pool:
+        pool.subscribe("pod-a", "tcp://127.0.0.1:9", model="m")
+        pool.submit(message(0, STORED, STORED, ["BlockRemoved", [1]], pod="pod-a", endpoint="tcp://127.0.0.1:9"))
+        pool.drain()
+    assert blocks(index) == {"pod-a": 0}
+
+
 def test_binding_for_publishers_that_connect(index, pool, context):
     endpoint = pool.bind("tcp://127.0.0.1:0", topic="kv@")
     for pod in (b"a", b"b"):
