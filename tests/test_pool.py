@@ -213,6 +213,16 @@ def test_a_full_queue_drops_the_busiest_publisher_and_counts(index):
     assert [m.seq for m in second] == [0]
 
 
+def test_publishers_take_turns():
+    queue = ShardQueue(1000, 100_000)
+    for seq in range(100):
+        queue.put(("noisy", ""), message(seq), wait=False)
+    queue.put(("quiet", ""), message(7), wait=False)
+    taken = [queue.take(0) for _ in range(5)]
+    assert [m.seq for m in taken[1]] == [7]
+    assert [m.seq for batch in taken if batch is not taken[1] for m in batch] == list(range(100))
+
+
 def test_the_library_calls_of_the_readme():
     index = open_index("memory://?impl=python")
     with EventPool(index, workers=4) as pool:
