@@ -18,7 +18,8 @@ from indexer import Source, open_index
 from kvevents import EventPool
 from kvevents.testing import DIALECTS
 from kvindex.engine import OutOfBlocksError, Request, SimulatedEngine
-from kvindex.fleet import Fleet, Pod, Turn, Workload
+from kvindex.fleet import Fleet, Pod
+from kvindex.workload import Turn, Workload
 from scorer import PrefixScorer
 
 MODEL = "demo/model"
