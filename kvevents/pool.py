@@ -12,7 +12,7 @@ import structlog
 from indexer import Copies, Index, Source
 from kvevents.apply import NO_EVENTS_YET, Applier
 from kvevents.errors import PoolClosed, SubscriptionError
-from kvevents.message import Message, parse_topic
+from kvevents.message import FLEET_WIDE, Message, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
 
@@ -137,7 +137,13 @@ class EventPool:
                     self._subscribed.pop(pod, None)
             raise
         if first and model:
-            self._index.register(Source(pod), model=model, copies=copies or self._copies, degraded=NO_EVENTS_YET)
+            self._index.register(
+                Source(pod),
+                model=model,
+                copies=copies or self._copies,
+                fleet_wide=pod in FLEET_WIDE,
+                degraded=NO_EVENTS_YET,
+            )
 
     def bind(self, endpoint: str, *, topic: str = "", model: str = "") -> str:
         """Open an endpoint that pods connect to; give its address, with the port where 0 asked for any.

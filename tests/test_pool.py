@@ -169,6 +169,18 @@ def test_the_pools_way_to_count_copies_holds_for_subscribed_pods(index):
     assert blocks(index) == {"pod-a": 0}
 
 
+def test_shared_storage_that_is_subscribed_by_name_counts_for_every_pod(index, pool):
+    pool.subscribe("SHARED_STORAGE", "tcp://127.0.0.1:9", model="m")
+    pool.submit(message(0, STORED))
+    pool.submit(message(0, topic=b"kv@pod-b@m"))
+    packed = msgspec.msgpack.encode(["BlockStored", [1], 0, [], 0, None, "SHARED_STORAGE"])
+    pool.drain()
+    pool.submit(message(1, packed, pod="SHARED_STORAGE", endpoint="tcp://127.0.0.1:9"))
+    pool.drain()
+    assert blocks(index) == {"pod-a": 1, "pod-b": 1}
+    assert trust(index, "SHARED_STORAGE") == ""
+
+
 def test_binding_for_publishers_that_connect(index, pool, context):
     endpoint = pool.bind("tcp://127.0.0.1:0", topic="kv@")
     for pod in (b"a", b"b"):
