@@ -59,7 +59,7 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How matches become scores."""
 
     block_size: Annotated[int, Meta(ge=1, le=65_536)] | None = None
-    tier_weights: dict[str, Annotated[float, Meta(ge=0)]] = {}
+    tier_weights: dict[str, Annotated[float, Meta(ge=0, le=1_000_000)]] = {}
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

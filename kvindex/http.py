@@ -151,7 +151,11 @@ def create_app(
     return Litestar(
         [score, pods, forget, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
-        exception_handlers={HTTPException: _problem, HTTP_500_INTERNAL_SERVER_ERROR: _failure},
+        exception_handlers={
+            HTTPException: _problem,
+            RecursionError: _too_deep,
+            HTTP_500_INTERNAL_SERVER_ERROR: _failure,
+        },
         response_cache_config=ResponseCacheConfig(),
     )
 
@@ -160,6 +164,11 @@ def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Proble
     details = [_readable(part) for part in error.extra or [] if isinstance(part, dict)]
     problem = Problem(type(error).__name__, error.status_code, "; ".join(details) or error.detail)
     return Response(problem, status_code=error.status_code, media_type="application/problem+json")
+
+
+def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:
+    problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: nested too deeply")
+    return Response(problem, status_code=problem.status, media_type="application/problem+json")
 
 
 def _failure(_: Request[Any, Any, Any], __: Exception) -> Response[Problem]:

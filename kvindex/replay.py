@@ -5,8 +5,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
+from msgspec import Meta
 from rich.console import Console
 from rich.progress import track
 
@@ -15,7 +17,30 @@ from kvevents import EventPool, Message
 from kvindex.errors import UserError
 from scorer import PrefixScorer
 
+_T = TypeVar("_T")
 _SHOWN = 10
+_KINDS = ("meta", "message", "resident", "query")
+
+
+class _Setup(msgspec.Struct, frozen=True):
+    """What a check needs of the line that says how the pod was set up."""
+
+    pod: str
+    model: str
+    block_size: Annotated[int, Meta(ge=1)]
+    dp_rank: int = 0
+    swa_block_size: int | None = None
+
+
+class _Query(msgspec.Struct, frozen=True):
+    """A prompt, and what the engine said of it."""
+
+    tokens: list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
+    hit_blocks: int
+    engine_hit_blocks: int
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    mm: list[tuple[str, int, int]] = []
 
 
 def run_replay(
@@ -34,9 +59,18 @@ def run_replay(
     differ. `pod` and `model` hold for messages whose topics do not say. Raises `UserError` for what is no capture.
     """
     lines = list(_read(file))
-    meta = next((line for line in lines if line.get("kind") == "meta"), {})
+    for line in lines:
+        if line.get("kind", "message") not in _KINDS:
+            raise UserError(f"{file}, line {line['line']}: kind {line['kind']!r}: expected one of {', '.join(_KINDS)}")
+    meta: dict[str, Any] = next((line for line in lines if line.get("kind") == "meta"), {})
     messages = [line for line in lines if line.get("kind", "message") == "message"]
     queries = [line for line in lines if line.get("kind") == "query"]
+    if check and not queries:
+        raise UserError(f"{file}: holds no queries to check against; replay it without --check")
+    if check and not meta:
+        raise UserError(f"{file}: no line of kind meta says how the pod was set up; replay it without --check")
+    setup = _typed(meta, _Setup) if check else None
+    asked = [_typed(line, _Query) for line in queries] if check else []
     index = open_index(url)
     console = Console(file=sys.stderr)
     shown = track(messages, "replaying", console=console, disable=not (progress and console.is_terminal))
@@ -46,11 +80,7 @@ def run_replay(
         pool.drain(600.0)
         stats = pool.stats()
     _report(file, len(messages), index, stats)
-    if not check:
-        return 0
-    if not queries:
-        raise UserError(f"{file}: holds no queries to check against; replay it without --check")
-    return _check(meta, queries, index)
+    return 0 if setup is None else _check(setup, asked, index)
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
@@ -68,11 +98,21 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
+def _typed(line: dict[str, Any], kind: type[_T]) -> _T:
+    try:
+        return msgspec.convert(line, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{line['file']}, line {line['line']}: {line['kind']}: {error}") from error
+
+
 def _message(line: dict[str, Any], pod: str | None) -> Message:
     try:
         topic = bytes.fromhex(line["topic_hex"]) if "topic_hex" in line else str(line["topic"]).encode()
         payload = bytes.fromhex(line.get("payload_hex") or line["payload"])
-        return Message(topic, int(line["seq"]), payload, pod=pod or (None if topic else "pod-0"))
+        seq = int(line["seq"])
+        if not 0 <= seq < 2**64:
+            raise ValueError(f"seq: expected 0 to 2**64-1, got {seq}")  # noqa: TRY301
+        return Message(topic, seq, payload, pod=pod or (None if topic else "pod-0"))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{line['file']}, line {line['line']}: no message with topic, seq and payload in hex: {error!r}"
@@ -91,24 +131,22 @@ def _report(file: Path, messages: int, index: Index, stats: dict[str, int]) -> N
         print(f"  {status.source} ({status.model}): {status.blocks} blocks {status.tiers}, {trust}")
 
 
-def _check(meta: dict[str, Any], queries: list[dict[str, Any]], index: Index) -> int:
-    size = meta["block_size"]
+def _check(setup: _Setup, queries: list[_Query], index: Index) -> int:
+    size = setup.block_size
     # where groups of one model use different block sizes, the wire does not say where some blocks lie
-    bounded = meta.get("swa_block_size", size) != size
+    bounded = setup.swa_block_size not in (None, size)
     scorer = PrefixScorer(index, size)
     wrong = equal = 0
     for number, query in enumerate(queries, 1):
         matches = scorer.match(
-            query["tokens"],
-            model=meta["model"],
-            lora_name=query.get("lora_name"),
-            cache_salt=query.get("cache_salt"),
-            mm_items=[tuple(item) for item in query.get("mm", [])],
+            query.tokens,
+            model=setup.model,
+            lora_name=query.lora_name,
+            cache_salt=query.cache_salt,
+            mm_items=query.mm,
         )
-        ours = [
-            (m.blocks, m.reusable_tokens // size) for m in matches if (m.pod, m.rank) == (meta["pod"], meta["dp_rank"])
-        ]
-        engine = (query["hit_blocks"], query["engine_hit_blocks"])
+        ours = [(m.blocks, m.reusable_tokens // size) for m in matches if (m.pod, m.rank) == (setup.pod, setup.dp_rank)]
+        engine = (query.hit_blocks, query.engine_hit_blocks)
         same = ours == [engine]
         equal += same
         understated = bounded and len(ours) == 1 and ours[0][0] <= engine[0] and ours[0][1] <= engine[1]

@@ -3,10 +3,29 @@
 import json
 
 import httpx
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from kvindex.errors import UserError
+
+
+class _Match(msgspec.Struct, frozen=True):
+    pod: str
+    rank: int
+    blocks: int
+    reusable_tokens: int
+    score: float
+    tiers: dict[str, int]
+    trust: str
+    reason: str
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    matches: list[_Match]
+    block_size: int
+    prompt_tokens: int
+    best: str | None
 
 
 def run_score(
@@ -23,15 +42,23 @@ def run_score(
     except ValueError as error:
         raise UserError(f"{url}: status {response.status_code}, and no JSON: is this a kvindex service?") from error
     if response.status_code != httpx.codes.OK:
-        raise UserError(f"{url}: status {response.status_code}: {answer.get('detail', response.text)}")
+        raise UserError(f"{url}: status {response.status_code}: {_detail(answer) or response.text[:200]}")
+    try:
+        typed = msgspec.convert(answer, _Answer)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{url}: an answer that is no score: {error}; is this a kvindex service?") from error
     if raw:
         print(json.dumps(answer, indent=1))
         return 0
-    table = Table(title=f"{answer['prompt_tokens']} tokens, blocks of {answer['block_size']}, best: {answer['best']}")
+    table = Table(title=f"{typed.prompt_tokens} tokens, blocks of {typed.block_size}, best: {typed.best}")
     for name in ("pod", "rank", "blocks", "reusable tokens", "score", "tiers", "trust"):
         table.add_column(name)
-    for match in answer["matches"]:
-        cells = [match["pod"], match["rank"], match["blocks"], match["reusable_tokens"], f"{match['score']:.1f}"]
-        table.add_row(*map(str, cells), json.dumps(match["tiers"]), f"{match['trust']} {match['reason']}")
+    for match in typed.matches:
+        cells = [match.pod, match.rank, match.blocks, match.reusable_tokens, f"{match.score:.1f}"]
+        table.add_row(*map(str, cells), json.dumps(match.tiers), f"{match.trust} {match.reason}")
     Console().print(table)
     return 0
+
+
+def _detail(answer: object) -> object:
+    return answer.get("detail") if isinstance(answer, dict) else None

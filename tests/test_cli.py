@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+
+from kvindex.errors import UserError
+from kvindex.replay import run_replay
+from kvindex.score import run_score
 
 from .conftest import GOLDEN
 
@@ -87,3 +93,34 @@ def test_what_a_person_does_wrong_is_one_line(arguments, says, tmp_path):
     assert answer.returncode == 2
     assert says in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+META = '{"kind": "meta", "pod": "p", "model": "m", "block_size": 4}'
+QUERY = '{"kind": "query", "tokens": [1], "hit_blocks": 0, "engine_hit_blocks": 0}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([QUERY], "no line of kind meta"),
+        ([META], "no queries"),
+        ([META.replace("4", '"x"'), QUERY], "line 1: meta: Expected `int`"),
+        ([META, '{"kind": "query", "tokens": [1]}'], "line 2: query: Object missing required field `hit_blocks`"),
+        ([META, QUERY.replace("[1]", "[-1]")], "line 2: query"),
+        ([META, '{"kind": "mesage"}', QUERY], "line 2: kind 'mesage'"),
+        ([META, '{"kind": "message", "topic": "t", "seq": -1, "payload": ""}', QUERY], "line 2"),
+    ],
+)
+def test_a_capture_that_cannot_be_checked_is_refused_by_the_line(tmp_path, lines, says):
+    file = tmp_path / "capture.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=re.escape(says)):
+        run_replay(file, check=True)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'"x"', b'{"matches":[1]}', b"<html>"])
+def test_what_is_no_score_is_refused(monkeypatch, status, content):
+    monkeypatch.setattr(httpx, "post", lambda *_, **__: httpx.Response(status, content=content))
+    with pytest.raises(UserError, match="http://elsewhere"):
+        run_score("http://elsewhere", "m", [1], lora_name=None, cache_salt=None, raw=False)

@@ -49,6 +49,7 @@ def test_lists_and_maps_are_json_in_the_environment():
         ("[[pods]]\npod='a'", "endpoint"),
         ("[pool]\ncopies='x'", "pool.copies"),
         ("[scorer]\ntier_weights={gpu=-1}", "scorer.tier_weights"),
+        ("[scorer]\ntier_weights={gpu=inf}", "scorer.tier_weights"),
         ("nonsense", "c.toml"),
     ],
 )

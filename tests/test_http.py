@@ -72,7 +72,7 @@ def test_a_bad_question_is_refused_by_the_fields_name(client, body, names):
     assert "Traceback" not in response.text
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 3000])
 def test_what_is_no_question_is_refused(client, content):
     response = client.post("/v1/score", content=content)
     assert response.status_code == 400
