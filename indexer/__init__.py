@@ -1,7 +1,7 @@
 """Which source holds which blocks of the KV cache: sources, block keys, ledgers and the index."""
 
 from indexer.base import Copies, Holding, Index, Limits, Run, Source, SourceStatus, tier_of
-from indexer.errors import IndexerError, IndexUnavailable, InvalidQuestion, LimitReached
+from indexer.errors import IndexerError, InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event
 from indexer.keys import ImageItem, TokenIds, block_keys
 from indexer.memory import MemoryIndex
@@ -18,7 +18,6 @@ __all__ = [
     "Holding",
     "ImageItem",
     "Index",
-    "IndexUnavailable",
     "IndexerError",
     "InvalidQuestion",
     "LimitReached",

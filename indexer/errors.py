@@ -3,7 +3,6 @@
 * `IndexerError`
     * `InvalidQuestion` (also a `ValueError`): a prompt, URL or argument cannot be used as given
     * `LimitReached`: a configured bound would be exceeded
-    * `IndexUnavailable`: the index lives elsewhere and cannot be reached
 """
 
 
@@ -17,7 +16,3 @@ class InvalidQuestion(IndexerError, ValueError):
 
 class LimitReached(IndexerError):
     """A configured bound would be exceeded; the message names the bound and the setting that raises it."""
-
-
-class IndexUnavailable(IndexerError):
-    """The index lives in another process and cannot be reached now; asking again later may succeed."""

@@ -111,10 +111,6 @@ class WaitingRoom:
         self.blocks -= len(found)
         return found
 
-    def unplaced(self) -> list[EngineHash]:
-        """Give the hashes whose tokens nobody has said."""
-        return list(self._unplaced)
-
     def remove(self, name: EngineHash, place: Place, *, counted: bool) -> bool:
         """Take back a waiting copy (all of them where copies are not counted); say whether there was one."""
         copies = self._unplaced.get(name)

@@ -113,8 +113,9 @@ class EventPool:
         """Connect to the publisher of a pod (of one rank of it) and follow it.
 
         `endpoint` is what the pod publishes at, `tcp://10.0.0.7:5557`; `topic` a prefix of the topics to hear. The pod
-        is known as `pod`, whatever its topics say. `replay` is kept with the subscription. `copies="set"` is for
-        engines that announce blocks again without copying them (vLLM's report mode "full").
+        is known as `pod`, whatever its topics say. `replay` is where its replay socket is; this version asks it
+        nothing, and a gap shows as a degraded source. `copies="set"` is for engines that announce blocks again without
+        copying them (vLLM's report mode "full").
 
         Raises `SubscriptionError` for an endpoint that cannot be used or that is subscribed already.
         """
@@ -183,8 +184,9 @@ class EventPool:
         deadline = time.monotonic() + timeout
         if self._receiver is not None:
             self._receiver.settle()
-        for queue in self._queues:
-            if not queue.join(max(0.0, deadline - time.monotonic())):
+        marks = [queue.mark() for queue in self._queues]
+        for queue, mark in zip(self._queues, marks, strict=True):
+            if not queue.join(mark, max(0.0, deadline - time.monotonic())):
                 raise TimeoutError(f"{queue.messages} messages still wait after {timeout} s")
 
     def stats(self) -> dict[str, int]:

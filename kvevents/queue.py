@@ -10,7 +10,7 @@ MAX_TAKEN = 32
 
 
 class ShardQueue:
-    """Messages by publisher. Publishers take turns, so that a noisy one does not starve the others.
+    """Messages by publisher, for one taker. Publishers take turns, so that a noisy one does not starve the others.
 
     Over `max_messages` or `max_bytes` the oldest message of the publisher with the most waiting goes; its numbers then
     have a gap, which says what was lost. Nothing is dropped silently: `dropped` counts.
@@ -19,11 +19,12 @@ class ShardQueue:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._waiting: dict[tuple[str, str], deque[Message]] = {}
+        self._waiting: dict[tuple[str, str], deque[tuple[int, Message]]] = {}
         self._turns: deque[tuple[str, str]] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._in_work = 0
+        self._in_work: int | None = None
+        self._tickets = 0
         self.messages = 0
         self.bytes = 0
         self.dropped = 0
@@ -42,7 +43,8 @@ class ShardQueue:
             if queue is None:
                 queue = self._waiting[publisher] = deque()
                 self._turns.append(publisher)
-            queue.append(message)
+            queue.append((self._tickets, message))
+            self._tickets += 1
             self.messages += 1
             self.bytes += size
             self._changed.notify_all()
@@ -52,7 +54,7 @@ class ShardQueue:
 
     def _drop_oldest(self) -> None:
         queue = max(self._waiting.values(), key=len)
-        gone = queue.popleft()
+        _, gone = queue.popleft()
         self.messages -= 1
         self.bytes -= len(gone.payload)
         self.dropped += 1
@@ -67,7 +69,8 @@ class ShardQueue:
                 while self._turns:
                     publisher = self._turns.popleft()
                     queue = self._waiting[publisher]
-                    taken = [queue.popleft() for _ in range(min(MAX_TAKEN, len(queue)))]
+                    first = queue[0][0] if queue else None
+                    taken = [queue.popleft()[1] for _ in range(min(MAX_TAKEN, len(queue)))]
                     if queue:
                         self._turns.append(publisher)
                     else:
@@ -75,7 +78,7 @@ class ShardQueue:
                     if taken:
                         self.messages -= len(taken)
                         self.bytes -= sum(len(message.payload) for message in taken)
-                        self._in_work += 1
+                        self._in_work = first
                         return taken
                 if self._closed or not self._changed.wait(timeout):
                     return []
@@ -86,20 +89,29 @@ class ShardQueue:
             for publisher, queue in self._waiting.items():
                 if publisher[0] == pod:
                     self.messages -= len(queue)
-                    self.bytes -= sum(len(message.payload) for message in queue)
+                    self.bytes -= sum(len(message.payload) for _, message in queue)
                     queue.clear()
             self._changed.notify_all()
 
     def done(self) -> None:
         """Say that the messages taken last are applied."""
         with self._changed:
-            self._in_work -= 1
+            self._in_work = None
             self._changed.notify_all()
 
-    def join(self, timeout: float) -> bool:
-        """Wait until everything put so far is applied; say whether that was in time."""
+    def mark(self) -> int:
+        """Give a mark behind everything put so far."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self.messages and not self._in_work, timeout)
+            return self._tickets
+
+    def join(self, mark: int, timeout: float) -> bool:
+        """Wait until everything before a mark is applied or dropped; say whether that was in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._oldest() >= mark, timeout)
+
+    def _oldest(self) -> int:
+        heads = [queue[0][0] for queue in self._waiting.values() if queue]
+        return min([*heads, self._tickets if self._in_work is None else self._in_work, self._tickets])
 
     def close(self) -> None:
         """Let `take` and `put` wait no longer."""

@@ -147,8 +147,10 @@ class Receiver:
 
     def _receive_all(self) -> None:
         for opened in self._open:
-            while self._receive(opened):
-                pass
+            # a flood may never end: what a socket could hold when we were called is enough
+            for _ in range(-(-RECEIVE_MESSAGES // _BURST)):
+                if not self._receive(opened):
+                    break
 
     def _receive(self, opened: _Open) -> bool:
         """Deliver what waits at a socket, a burst at most; say whether there may be more."""

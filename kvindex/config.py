@@ -13,12 +13,11 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from indexer import Copies
 from kvindex.errors import ConfigError
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
 _LISTS = {"pods", "bind"}
-
-Copies = Literal["count", "set"]
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

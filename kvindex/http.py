@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 from litestar import Litestar, Request, Response, delete, get, post
-from litestar.config.response_cache import ResponseCacheConfig
 from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.params import FromPath, JSONBody
@@ -156,7 +155,6 @@ def create_app(
             RecursionError: _too_deep,
             HTTP_500_INTERNAL_SERVER_ERROR: _failure,
         },
-        response_cache_config=ResponseCacheConfig(),
     )
 
 

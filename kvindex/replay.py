@@ -46,12 +46,10 @@ class _Query(msgspec.Struct, frozen=True):
 def run_replay(
     file: Path,
     *,
-    url: str = "memory://",
     check: bool = False,
     copies: Copies = "count",
     pod: str | None = None,
     model: str | None = None,
-    progress: bool = True,
 ) -> int:
     """Play a capture (JSON lines, also gzipped) into an index and print what it left.
 
@@ -71,9 +69,9 @@ def run_replay(
         raise UserError(f"{file}: no line of kind meta says how the pod was set up; replay it without --check")
     setup = _typed(meta, _Setup) if check else None
     asked = [_typed(line, _Query) for line in queries] if check else []
-    index = open_index(url)
+    index = open_index()
     console = Console(file=sys.stderr)
-    shown = track(messages, "replaying", console=console, disable=not (progress and console.is_terminal))
+    shown = track(messages, "replaying", console=console, disable=not console.is_terminal)
     with EventPool(index, model=model or meta.get("model", "unknown"), copies=copies) as pool:
         for line in shown:
             pool.submit(_message(line, pod))

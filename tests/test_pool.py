@@ -235,6 +235,23 @@ def test_publishers_take_turns():
     assert [m.seq for batch in taken if batch is not taken[1] for m in batch] == list(range(100))
 
 
+def test_waiting_for_what_was_put_does_not_wait_for_what_comes_after():
+    queue = ShardQueue(1000, 100_000)
+    queue.put(("a", ""), message(0), wait=False)
+    queue.put(("b", ""), message(0), wait=False)
+    mark = queue.mark()
+    assert not queue.join(mark, 0)
+    queue.take(0)
+    assert not queue.join(mark, 0)  # taken, not applied
+    queue.put(("a", ""), message(1), wait=False)
+    queue.done()
+    assert not queue.join(mark, 0)  # b still waits
+    queue.take(0)
+    queue.done()
+    assert queue.join(mark, 0)
+    assert queue.messages == 1
+
+
 def test_the_library_calls_of_the_readme():
     index = open_index("memory://?impl=python")
     with EventPool(index, workers=4) as pool:
