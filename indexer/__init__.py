@@ -1,20 +1,22 @@
 """Which source holds which blocks of the KV cache: sources, block keys, ledgers and the index."""
 
-from indexer.base import Copies, Holding, Index, Limits, Run, Source, SourceStatus, tier_of
+from indexer._impl import Prompt, block_keys, implementation
+from indexer.base import Copies, Decoded, Holding, Index, Limits, Run, Source, SourceStatus, tier_of
 from indexer.errors import IndexerError, InvalidQuestion, LimitReached
-from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event
-from indexer.keys import ImageItem, TokenIds, block_keys
+from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
+from indexer.keys import ImageItem, TokenIds
 from indexer.memory import MemoryIndex
 from indexer.opening import open_index
-from indexer.prompt import Prompt
 
 __all__ = [
     "AllBlocksCleared",
     "BlockRemoved",
     "BlockStored",
     "Copies",
+    "Decoded",
     "EngineHash",
     "Event",
+    "Events",
     "Holding",
     "ImageItem",
     "Index",
@@ -29,6 +31,7 @@ __all__ = [
     "SourceStatus",
     "TokenIds",
     "block_keys",
+    "implementation",
     "open_index",
     "tier_of",
 ]

@@ -1,17 +1,20 @@
 """The contract of an index and the values that cross it. Every implementation answers the same questions alike."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from indexer.events import Event
+from indexer.events import Events
 from indexer.prompt import Prompt
 
 Copies: TypeAlias = Literal["count", "set"]
 """How a block that is stored again is understood: another physical copy (``count``), or the same one (``set``)."""
 
 Tier: TypeAlias = Literal["gpu", "cpu", "disk", "shared"]
+
+TIERS: Sequence[Tier] = ("gpu", "cpu", "disk", "shared")
+"""All tiers, the most useful first."""
 
 _TIER_OF_MEDIUM: Mapping[str, Tier] = {
     "gpu": "gpu",
@@ -97,12 +100,47 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Block sizes of one model that a question is asked for."""
     silent_tier_ttl_s: float = 3_600.0
     """How long a block stays on a tier other than ``gpu`` whose removals the engine has never announced."""
+    max_bytes: int | None = None
+    """Memory of an index in this process, about. Over it the largest source's least useful tier is forgotten, as often as
+    it takes; such sources are degraded. None: no bound."""
+
+
+class Decoded(Protocol):
+    """What one message carries, decoded. Its `events` are what `Index.apply` takes."""
+
+    @property
+    def ts(self) -> float:
+        """When the engine made it, seconds since the epoch. Not for ordering."""
+
+    @property
+    def rank(self) -> int | None:
+        """The data-parallel rank, None where the publisher does not say."""
+
+    @property
+    def events(self) -> Events:
+        """The events in order."""
+
+    @property
+    def discards(self) -> Mapping[str, int]:
+        """Events that were dropped or ignored, by reason."""
+
+    @property
+    def clears(self) -> bool:
+        """Whether one of the events empties the cache."""
+
+    @property
+    def model(self) -> str | None:
+        """The model that the events name, None where they do not."""
+
+
+Decoder: TypeAlias = Callable[[Sequence[bytes | memoryview]], Sequence[Decoded | tuple[str, str]]]
+"""Decodes payload frames; for those that are no batch at all it gives the reason and a detail."""
 
 
 class Index(Protocol):
     """Which source holds which blocks.
 
-    Only event appliers call `register`, `apply`, `restart`, `degrade`, `expire` and `forget`; one caller at a time per
+    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `expire` and `forget`; one caller at a time per
     source, any number for different sources. Every other method may be called from any thread at any time; answers
     are snapshots in which the holders of each block are whole.
     """
@@ -115,11 +153,18 @@ class Index(Protocol):
         Raises `LimitReached` when `Limits.max_sources` are followed.
         """
 
-    def apply(self, source: Source, events: Sequence[Event]) -> None:
+    @property
+    def decoder(self) -> Decoder | None:
+        """A decoder whose events this index applies without looking at them one by one; None where it has none."""
+
+    def apply(self, source: Source, events: Events) -> None:
         """Apply the events of a registered source in order. Events that make no sense are counted, see `stats`.
 
         Raises `InvalidQuestion` when the source is not registered.
         """
+
+    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
+        """Do what `apply` does with one batch after the other; the more at once, the cheaper each."""
 
     def restart(self, source: Source) -> None:
         """Forget everything the source holds, and how its cache is laid out: its engine began anew."""
@@ -134,11 +179,17 @@ class Index(Protocol):
         """Stop following all sources of a pod and give their memory back. Unknown pods are fine."""
 
     def match(
-        self, prompt: Prompt, *, pods: Collection[str] | None = None, block_size: int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
     ) -> list[Holding]:
-        """Say what each source of the prompt's model holds of it, those that hold nothing included.
+        """Say what each source of the prompt's model holds of it.
 
-        `pods` asks for these pods only; `block_size` for chains of blocks of this many tokens only.
+        Those that hold nothing are included, unless `holders_only`. `pods` asks for these pods only; `block_size` for
+        chains of blocks of this many tokens only.
         """
 
     def block_size(self, model: str) -> int | None:

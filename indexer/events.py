@@ -5,7 +5,8 @@ The decoders of `kvevents` turn every dialect on the wire into these values; an 
 """
 
 from array import array
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -59,3 +60,13 @@ class AllBlocksCleared(msgspec.Struct, frozen=True, gc=False):
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class EncodedEvents(Protocol):
+    """Events in the form of the index whose decoder made them; only that kind of index can apply them."""
+
+    def __len__(self) -> int: ...
+
+
+Events: TypeAlias = Sequence[Event] | EncodedEvents
+"""What happened in the cache of one source, in order."""

@@ -110,6 +110,12 @@ def image_extra(images: Sequence[ImageItem], start: int, end: int, *, bare: bool
     return msgspec.msgpack.encode([name if bare else [name, first - start] for first, name in inside])
 
 
+def check_block_size(block_size: int) -> None:
+    """Raise `InvalidQuestion` for what is no block size."""
+    if block_size < 1:
+        raise InvalidQuestion(f"block_size: expected at least 1, got {block_size}")
+
+
 def block_keys(
     token_ids: TokenIds,
     model: str,
@@ -126,8 +132,7 @@ def block_keys(
 
     Raises `InvalidQuestion` for values that are no token ids or a block size below 1.
     """
-    if block_size < 1:
-        raise InvalidQuestion(f"block_size: expected at least 1, got {block_size}")
+    check_block_size(block_size)
     tokens = token_buffer(token_ids)
     extras = None
     if mm_items:

@@ -4,12 +4,13 @@ Events name blocks by engine hashes, in an order and completeness that depend on
 into *changes*: block keys that a slot holds from now on, or no longer. It knows no other source and no index.
 """
 
+import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from indexer.base import Copies, Limits, tier_of
+from indexer.base import TIERS, Copies, Limits, Tier, tier_of
 from indexer.events import BlockRemoved, BlockStored, EngineHash
 from indexer.groups import GroupSpec
 from indexer.keys import BlockKey, extend_chain, root_key
@@ -56,8 +57,8 @@ whose parent is unknown, but say nothing about lost events."""
 class Ledger:
     """See the module. One writer at a time.
 
-    `new_slot` is called with each slot before its first use and may raise `LimitReached`. `on_groups` is called when
-    the source announces a cache group for the first time. `elsewhere` looks a hash up in other sources, for caches that
+    `new_slot` is called with each slot before its first use and says whether there may be one more. `on_groups` is called
+    when the source announces a cache group for the first time. `elsewhere` looks a hash up in other sources, for caches that
     the whole fleet shares.
     """
 
@@ -68,7 +69,7 @@ class Ledger:
         copies: Copies,
         limits: Limits,
         counters: Counter[str],
-        new_slot: Callable[[Slot], None],
+        new_slot: Callable[[Slot], bool],
         on_groups: Callable[[], None],
         groups: dict[int, GroupSpec] | None = None,
         elsewhere: Callable[[EngineHash], Known | None] | None = None,
@@ -85,12 +86,15 @@ class Ledger:
         self._elsewhere = elsewhere
         self._removed: OrderedDict[EngineHash, Known] = OrderedDict()
         self._conflicts = False
+        self._evicted: Tier | None = None
 
     @property
     def degraded(self) -> str:
         """Why the ledger may know less than the engine holds, "" when it knows all."""
         if self._conflicts:
             return "hash mismatch: one block hash was announced for different tokens"
+        if self._evicted:
+            return f"over max_bytes: blocks on {self._evicted} were forgotten"
         if self.waiting.has_unplaced or self.waiting.dropped:
             return "unplaced: the engine named blocks without saying which tokens they hold"
         if self.waiting.has_parked and self.waiting.parked_after(_PARENT_NOT_SAID):
@@ -109,7 +113,8 @@ class Ledger:
                 for parked in self.waiting.unpark(name, event.block_size):
                     self._store_one(parked.event, changes)
                     stored.append(parked.event)
-                    changes += self.remove(parked.removal())
+                    if parked.removed:
+                        changes += self.remove(parked.removal())
         return changes
 
     def _store_one(self, event: BlockStored, changes: list[Change]) -> bool:
@@ -118,6 +123,8 @@ class Ledger:
         if event.group_idx is not None and size and event.group_idx not in self.groups:
             self.groups[event.group_idx] = GroupSpec.of(event.kind, event.sliding_window, size)
             self._on_groups()
+        if not hashes:
+            return False
         if not size or not event.token_ids:
             self._store_named(event, 0, changes)
             return False
@@ -133,11 +140,14 @@ class Ledger:
                 self.waiting.park(event, event.parent_block_hash)
                 return False
             parent = known
+        slot = self._slot(event.medium, event.group_idx, size)
+        if slot is None:
+            return False
         # an engine may send a token more than its blocks hold (WIRE B1a)
         tokens = memoryview(event.token_ids).cast("B")[: 4 * size * len(hashes)]
         keys = extend_chain(parent, tokens, size, event.extras)
         self._counters["partial_blocks_total"] += len(hashes) - len(keys)
-        self._hold(self._slot(event.medium, event.group_idx, size), hashes, keys, changes)
+        self._hold(slot, hashes, keys, changes)
         if self.waiting.has_unplaced:
             for name, key in zip(hashes, keys, strict=False):
                 self._place(name, (key, size), changes)
@@ -170,7 +180,9 @@ class Ledger:
         for place in self.waiting.placed(name, size):
             self._hold(self._slot(*place, size), [name], [key], changes)
 
-    def _hold(self, slot: Slot, hashes: list[EngineHash], keys: list[BlockKey], changes: list[Change]) -> None:
+    def _hold(self, slot: Slot | None, hashes: list[EngineHash], keys: list[BlockKey], changes: list[Change]) -> None:
+        if slot is None:
+            return
         held = slot.held
         new: list[BlockKey] = []
         for name, key in zip(hashes, keys, strict=False):
@@ -238,6 +250,33 @@ class Ledger:
                     self._counters["expired_total"] += 1
         return changes
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to evict."""
+        return not (self.waiting.blocks or self._removed or any(slot.held for slot in self.slots.values()))
+
+    def evict(self) -> list[Slot]:
+        """Give up the slots of the least useful tier, or what waits and is remembered where no blocks are held."""
+        held = [slot.tier for slot in self.slots.values() if slot.held]
+        if not held:
+            self.waiting.drop_all()
+            self._removed.clear()
+            return []
+        self._evicted = max(held, key=TIERS.index)
+        gone = [place for place, slot in self.slots.items() if slot.tier == self._evicted]
+        return [self.slots.pop(place) for place in gone]
+
+    def bytes(self) -> int:
+        """Give the memory in use, about: tables exactly, what they refer to by its usual size."""
+        size = 600 + self.waiting.bytes() + sys.getsizeof(self._removed) + 128 * len(self._removed)
+        for slot in self.slots.values():
+            # an int of 64 bits for each hash and each key
+            size += sys.getsizeof(slot.held) + 72 * len(slot.held)
+            size += sys.getsizeof(slot.copies) + sys.getsizeof(slot.aliases)
+            if slot.seen is not None:
+                size += sys.getsizeof(slot.seen) + 24 * len(slot.seen)
+        return size
+
     def find(self, name: EngineHash, size: int = 0) -> Known | None:
         """Give key and block size of a hash that is or lately was held anywhere; `size` 0 takes any block size."""
         for slot in self.slots.values():
@@ -252,11 +291,14 @@ class Ledger:
         known = self.find(name, size)
         return None if known is None else known[0]
 
-    def _slot(self, medium: str, group: int | None, size: int) -> Slot:
+    def _slot(self, medium: str, group: int | None, size: int) -> Slot | None:
+        """Give the slot for these blocks, made where there is none; None where there are too many."""
         slot = self.slots.get((medium, group, size))
         if slot is None:
             slot = Slot(medium, group, size)
-            self._new_slot(slot)
+            if not self._new_slot(slot):
+                self._counters["too_many_slots_total"] += 1
+                return None
             self.slots[medium, group, size] = slot
         return slot
 

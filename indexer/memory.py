@@ -1,13 +1,15 @@
 """The index in this process, in plain Python: the readable specification of what every index does."""
 
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import cast
 
 from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import InvalidQuestion, LimitReached
-from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event
+from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Known, Ledger, Slot
 from indexer.matching import Reader, answer, chains_of
@@ -15,6 +17,22 @@ from indexer.prompt import Prompt
 
 _SWEEP = 4096
 """Blocks reclaimed at a time: a writer of another source waits no longer for the lock than that takes."""
+
+_COUNTERS = (
+    "stored",
+    "removed",
+    "cleared",
+    "restarts",
+    "copies",
+    "hash_conflicts",
+    "parked",
+    "unplaced",
+    "partial_blocks",
+    "removed_unknown",
+    "expired",
+    "evicted",
+    "too_many_slots",
+)
 
 
 class _Tracked:
@@ -53,7 +71,7 @@ class MemoryIndex:
         self._bits = 0
         self._free_bits: list[int] = []
         self._reused = 0
-        self._counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter({f"{name}_total": 0 for name in _COUNTERS})
 
     def __repr__(self) -> str:
         return f"MemoryIndex(python, {len(self._table)} blocks, {len(self._tracked)} sources)"
@@ -76,19 +94,28 @@ class MemoryIndex:
         if degraded:
             self.degrade(source, degraded)
 
-    def apply(self, source: Source, events: Sequence[Event]) -> None:
+    @property
+    def decoder(self) -> None:
+        """None: events come as `indexer.events` has them."""
+
+    def apply(self, source: Source, events: Events) -> None:
         """Apply events in order, see `Index.apply`."""
         tracked = self._require(source)
-        for event in events:
+        for event in cast("Sequence[Event]", events):
             if isinstance(event, AllBlocksCleared):
                 self._counters["cleared_total"] += 1
                 self._renew(tracked, keep_groups=True)
                 continue
             with self._lock:
-                try:
-                    self._apply_one(tracked, event)
-                except LimitReached:
-                    self._counters["too_many_slots_total"] += 1
+                self._require(source)  # it may have been forgotten meanwhile
+                self._apply_one(tracked, event)
+        if self._limits.max_bytes is not None:
+            self._keep_bound(self._limits.max_bytes)
+
+    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
+        """Apply batch after batch, see `Index.apply_all`."""
+        for events in batches:
+            self.apply(source, events)
 
     def _apply_one(self, tracked: _Tracked, event: BlockStored | BlockRemoved) -> None:
         if isinstance(event, BlockRemoved):
@@ -166,7 +193,12 @@ class MemoryIndex:
             self._reclaim(tracked.ledger)
 
     def match(
-        self, prompt: Prompt, *, pods: Collection[str] | None = None, block_size: int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
     ) -> list[Holding]:
         """Say what each source holds of a prompt, see `Index.match`."""
         while True:
@@ -178,7 +210,7 @@ class MemoryIndex:
             bare = prompt.model in self._bare_models
             found = answer(readers, self._table.get, prompt, bare=bare, size=block_size)
             if reused == self._reused:
-                return found
+                return [holding for holding in found if holding.tokens] if holders_only else found
 
     def block_size(self, model: str) -> int | None:
         """Give the usual block size of a model, see `Index.block_size`."""
@@ -226,6 +258,7 @@ class MemoryIndex:
                 "waiting": sum(ledger.waiting.blocks for ledger in ledgers),
                 "waiting_dropped_total": sum(ledger.waiting.dropped for ledger in ledgers),
                 "sources": len(ledgers),
+                "bytes": self._bytes(),
             }
 
     def close(self) -> None:
@@ -262,14 +295,15 @@ class MemoryIndex:
             self._views = {}
         self._reclaim(ledger)
 
-    def _add_slot(self, tracked: _Tracked) -> Callable[[Slot], None]:
-        def add(slot: Slot) -> None:
+    def _add_slot(self, tracked: _Tracked) -> Callable[[Slot], bool]:
+        def add(slot: Slot) -> bool:
             if len(tracked.ledger.slots) >= self._limits.max_slots_per_source:
-                raise LimitReached(f"source {tracked.source}: raise Limits.max_slots_per_source")
+                return False
             number = self._free_bits.pop() if self._free_bits else self._bits
             self._bits = max(self._bits, number + 1)
             slot.bit = 1 << number
             self._views = {}
+            return True
 
         return add
 
@@ -289,7 +323,10 @@ class MemoryIndex:
 
     def _reclaim(self, ledger: Ledger) -> None:
         """Take the slots of a ledger that is no longer in use out of the table, in small steps."""
-        for slot in ledger.slots.values():
+        self._reclaim_slots(ledger.slots.values())
+
+    def _reclaim_slots(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
             keys = list(slot.held.values())
             for start in range(0, len(keys), _SWEEP):
                 with self._lock:
@@ -298,12 +335,34 @@ class MemoryIndex:
                 self._reused += 1
                 self._free_bits.append(slot.bit.bit_length() - 1)
 
+    def _bytes(self) -> int:
+        """Give the memory in use, about: tables exactly, what they refer to by its usual size."""
+        # keys are counted where they are held; a set of slots is an int of some words
+        table = sys.getsizeof(self._table) + (24 + self._bits // 8) * len(self._table)
+        return table + sum(tracked.ledger.bytes() for tracked in self._tracked.values())
+
+    def _keep_bound(self, limit: int) -> None:
+        """Forget the least useful tier of the largest source, again and again until memory is within its bound."""
+        while True:
+            with self._lock:
+                full = [tracked for tracked in self._tracked.values() if not tracked.ledger.is_empty]
+                if not full or self._bytes() <= limit:
+                    return
+                gone = max(full, key=lambda tracked: tracked.ledger.bytes()).ledger.evict()
+                self._views = {}
+                self._counters["evicted_total"] += sum(len(slot.held) for slot in gone)
+            self._reclaim_slots(gone)
+            with self._lock:
+                self._table = dict(self._table)  # a dict gives memory back only when it is made anew
+
     def _view(self, model: str) -> list[Reader]:
         views = self._views
         view = views.get(model)
         if view is None:
             with self._lock:
-                view = self._views[model] = self._make_view(model)
+                view = self._make_view(model)
+                if view:  # anybody may ask for any model: only those that exist are remembered
+                    self._views[model] = view
         return view
 
     def _make_view(self, model: str) -> list[Reader]:

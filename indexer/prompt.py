@@ -3,19 +3,31 @@
 from collections.abc import Sequence
 
 from indexer.errors import InvalidQuestion
-from indexer.keys import BlockKey, ImageItem, TokenIds, extend_chain, image_extra, root_key, token_buffer
+from indexer.keys import (
+    BlockKey,
+    ImageItem,
+    TokenIds,
+    check_block_size,
+    extend_chain,
+    image_extra,
+    root_key,
+    token_buffer,
+)
 
 
 class Prompt:
     """The tokens of one prompt with all that decides which cached blocks fit it.
 
     Keys are computed when first asked for and kept, for each block size, so that a long prompt with a short match
-    stays cheap. Not for use by several threads at once.
+    stays cheap. Who keeps the prompt of a conversation and adds each turn with `extend` never has its start hashed
+    again. Not for use by several threads at once.
+
+    A buffer is read in place: it stays exported as long as the prompt lives, and its values must not change.
 
     Raises `InvalidQuestion` when `token_ids` holds anything but token ids.
     """
 
-    __slots__ = ("_chains", "_tokens", "cache_salt", "images", "length", "lora_name", "model")
+    __slots__ = ("_chains", "cache_salt", "images", "length", "lora_name", "model", "tokens")
 
     def __init__(
         self,
@@ -26,9 +38,9 @@ class Prompt:
         cache_salt: str | None = None,
         mm_items: Sequence[ImageItem] = (),
     ) -> None:
-        self._tokens = token_buffer(token_ids)
+        self.tokens = token_buffer(token_ids)
         self._chains: dict[tuple[int, bool], list[BlockKey]] = {}
-        self.length = len(self._tokens) // 4
+        self.length = len(self.tokens) // 4
         self.model = model
         self.lora_name = lora_name
         self.cache_salt = cache_salt or None  # engines treat an empty salt as none
@@ -57,9 +69,25 @@ class Prompt:
             if self.images:
                 places = ((i * block_size, (i + 1) * block_size) for i in range(done, upto))
                 extras = [image_extra(self.images, start, end, bare=bare) for start, end in places]
-            span = self._tokens[4 * block_size * done : 4 * block_size * upto]
+            span = self.tokens[4 * block_size * done : 4 * block_size * upto]
             chain += extend_chain(parent, span, block_size, extras)
         return chain
+
+    def prepare(self, block_size: int) -> int:
+        """Compute the keys of all whole blocks of `block_size` tokens ahead of a question; give their number.
+
+        Raises `InvalidQuestion` for a block size below 1.
+        """
+        check_block_size(block_size)
+        return len(self.keys(block_size, self.length))
+
+    def extend(self, token_ids: TokenIds) -> None:
+        """Add tokens at the end. Keys of blocks that were whole before are kept.
+
+        Raises `InvalidQuestion` when `token_ids` holds anything but token ids.
+        """
+        self.tokens = memoryview(b"".join((self.tokens, token_buffer(token_ids))))
+        self.length = len(self.tokens) // 4
 
 
 def _check_image(item: ImageItem) -> None:

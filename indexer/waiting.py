@@ -132,8 +132,19 @@ class WaitingRoom:
             del self._parked_copies[place, name]
         return True
 
+    def bytes(self) -> int:
+        """Give the memory in use, about."""
+        return 400 * self.blocks
+
+    def drop_all(self) -> None:
+        """Give up everything, counted."""
+        self._shrink_to(0)
+
     def _keep_bound(self) -> None:
-        while self.blocks > self._limit:
+        self._shrink_to(self._limit)
+
+    def _shrink_to(self, limit: int) -> None:
+        while self.blocks > limit:
             before = self.blocks
             if self._parked:
                 _, events = self._parked.popitem(last=False)

@@ -4,7 +4,7 @@ from indexer import AllBlocksCleared, BlockRemoved, BlockStored
 from kvevents.errors import DecodeError, KVEventsError, PoolClosed, SubscriptionError
 from kvevents.message import Message, parse_topic
 from kvevents.pool import EventPool
-from kvevents.wire import Batch, decode_batch
+from kvevents.wire import Batch, decode_batch, decode_batches
 
 __all__ = [
     "AllBlocksCleared",
@@ -18,5 +18,6 @@ __all__ = [
     "PoolClosed",
     "SubscriptionError",
     "decode_batch",
+    "decode_batches",
     "parse_topic",
 ]

@@ -1,15 +1,16 @@
-"""From one message to the index: decode it, read its number, say who it is from, apply its events."""
+"""From messages to the index: decode them, read their numbers, say who they are from, apply their events."""
 
 from collections import Counter
-from typing import cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 from structlog.typing import FilteringBoundLogger
 
-from indexer import AllBlocksCleared, BlockStored, Copies, Index, LimitReached, Source
+from indexer import Copies, Decoded, Index, LimitReached, Source
 from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, parse_topic
 from kvevents.stream import Stream, Verdict
-from kvevents.wire import Batch, decode_batch
+from kvevents.wire import decode_batches
 
 NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
@@ -17,6 +18,13 @@ GAP = "gap: messages were lost"
 
 _HEALED = frozenset({Verdict.FIRST, Verdict.RESTART})
 _UNKNOWN_PAST = frozenset({Verdict.LATE, Verdict.RESTART_LATE})
+
+
+class _Flow(NamedTuple):
+    """What one publisher says of one source."""
+
+    source: Source
+    stream: Stream
 
 
 class Applier:
@@ -27,64 +35,86 @@ class Applier:
         self._model = model
         self._copies: Copies = copies
         self._log = log
-        self._streams: dict[tuple[str, Source], Stream] = {}
-        self._registered: set[Source] = set()
+        self._flows: dict[tuple[str, str, int], _Flow] = {}
         self.counters: Counter[str] = Counter()
         self.sequences: dict[Source, int] = {}
 
-    def apply(self, message: Message) -> None:
-        """Apply one message. What cannot be used is counted and logged, never raised."""
-        try:
-            batch = decode_batch(message.payload)
-        except DecodeError as error:
-            self._discard(message, error.reason, str(error))
-            return
+    def apply(self, messages: Sequence[Message]) -> None:
+        """Apply messages in order. What cannot be used is counted and logged, never raised.
+
+        Batches that simply follow each other go to the index together: the more at once, the cheaper each.
+        """
+        due: list[Decoded] = []
+        source: Source | None = None
+        seq = 0
+        decoded = decode_batches([message.payload for message in messages], self._index)
+        for message, batch in zip(messages, decoded, strict=True):
+            if isinstance(batch, DecodeError):
+                self._discard(message, batch.reason, str(batch))
+                continue
+            flow = self._flow(message, batch)
+            if flow is None:
+                continue
+            verdict = flow.stream.observe(message.seq)
+            if source is not None and (verdict is not Verdict.NEXT or flow.source is not source):
+                self._hand_over(source, due, seq)
+                due = []
+            source, seq = flow.source, message.seq
+            if verdict is not Verdict.NEXT:
+                self._follow(source, flow.stream, verdict, seq)
+            if batch.discards:
+                self._note_discards(source, batch, seq)
+            due.append(batch)
+            if batch.clears:
+                self._hand_over(source, due, seq)
+                self._index.degrade(source, "")  # an empty cache is a known one
+                due = []
+        if source is not None:
+            self._hand_over(source, due, seq)
+
+    def _hand_over(self, source: Source, due: list[Decoded], seq: int) -> None:
+        if due:
+            self._index.apply_all(source, [batch.events for batch in due])
+            self.counters["events_total"] += sum([len(batch.events) for batch in due])
+            self.counters["applied_total"] += len(due)
+            self.sequences[source] = seq
+
+    def _flow(self, message: Message, batch: Decoded) -> _Flow | None:
         pod = message.pod or parse_topic(message.topic).pod
+        key = (message.endpoint, pod, batch.rank or 0)
+        flow = self._flows.get(key)
+        if flow is not None:
+            return flow
         if not pod:
             self._discard(message, "no_identity", "empty topic, and the endpoint was not subscribed for a pod")
-            return
-        source = Source(pod, batch.rank or 0)
-        if source not in self._registered and not self._register(source, message, batch):
-            return
-        for reason, count in batch.discards.items():
-            self.counters[f"dropped_event_{reason}_total"] += count
-        if batch.discards:
-            self._log.warning("events_discarded", pod=pod, seq=message.seq, reasons=dict(batch.discards))
-        self._follow(source, message)
-        self._index.apply(source, batch.events)
-        self.counters["events_total"] += len(batch.events)
-        if any(type(event) is AllBlocksCleared for event in batch.events):
-            self._index.degrade(source, "")  # an empty cache is a known one
-        self.sequences[source] = message.seq
-        self.counters["applied_total"] += 1
+            return None
+        known = (flow.source for flow in self._flows.values() if flow.source == key[1:])
+        source = next(known, None) or self._register(Source(*key[1:]), message, batch)
+        if source is None:
+            return None
+        # storage connectors number their messages from 1 (WIRE B4)
+        flow = self._flows[key] = _Flow(source, Stream(first=1 if pod in FLEET_WIDE else 0))
+        return flow
 
-    def _follow(self, source: Source, message: Message) -> None:
-        key = (message.endpoint, source)
-        stream = self._streams.get(key)
-        if stream is None:
-            # storage connectors number their messages from 1 (WIRE B4)
-            stream = self._streams[key] = Stream(first=1 if source.pod in FLEET_WIDE else 0)
-        verdict = stream.observe(message.seq)
-        if verdict is Verdict.NEXT:
-            return
+    def _follow(self, source: Source, stream: Stream, verdict: Verdict, seq: int) -> None:
+        """Say to the index what a number other than the one that was due means."""
         if verdict is Verdict.GAP:
             self.counters["gaps_total"] += 1
             self.counters["missing_total"] += stream.missing
-            self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=message.seq)
+            self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=seq)
             self._index.degrade(source, GAP)
             return
         if verdict in (Verdict.RESTART, Verdict.RESTART_LATE):
             self.counters["restarts_total"] += 1
-            self._log.info("restart", pod=source.pod, rank=source.rank, seq=message.seq)
+            self._log.info("restart", pod=source.pod, rank=source.rank, seq=seq)
             self._index.restart(source)
         if verdict in _UNKNOWN_PAST:
             self._index.degrade(source, MISSED_START)
         elif verdict in _HEALED:
             self._index.degrade(source, "")
 
-    def _register(self, source: Source, message: Message, batch: Batch) -> bool:
-        named = next((event.model for event in batch.events if isinstance(event, BlockStored) and event.model), None)
-        model = message.model or parse_topic(message.topic).model or named or self._model
+    def _register(self, source: Source, message: Message, batch: Decoded) -> Source | None:
+        model = message.model or parse_topic(message.topic).model or batch.model or self._model
         if not model:
             self._log.warning(
                 "no_model",
@@ -96,16 +126,19 @@ class Applier:
             self._index.register(source, model=model, copies=copies, fleet_wide=source.pod in FLEET_WIDE)
         except LimitReached as error:
             self._discard(message, "too_many_sources", str(error))
-            return False
-        self._registered.add(source)
-        return True
+            return None
+        return source
 
     def forget(self, pod: str) -> None:
         """Forget a pod's blocks and sequence numbers."""
-        self._registered = {source for source in self._registered if source.pod != pod}
-        self._streams = {key: stream for key, stream in self._streams.items() if key[1].pod != pod}
+        self._flows = {key: flow for key, flow in self._flows.items() if flow.source.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
         self._index.forget(pod)
+
+    def _note_discards(self, source: Source, batch: Decoded, seq: int) -> None:
+        for reason, count in batch.discards.items():
+            self.counters[f"dropped_event_{reason}_total"] += count
+        self._log.warning("events_discarded", pod=source.pod, seq=seq, reasons=dict(batch.discards))
 
     def _discard(self, message: Message, reason: str, detail: str) -> None:
         count = self.counters[f"dropped_{reason}_total"] = self.counters[f"dropped_{reason}_total"] + 1

@@ -1,5 +1,6 @@
 """A message as it came from a publisher, and who its topic says it is from."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -31,6 +32,7 @@ class Topic(NamedTuple):
     model: str
 
 
+@lru_cache(maxsize=4096)
 def parse_topic(topic: bytes) -> Topic:
     """Read ``kv@<pod>@<model>``. Any other text is a pod's name without a model; a model may contain ``@``."""
     text = topic.decode("utf-8", "replace")

@@ -237,15 +237,14 @@ class EventPool:
             messages = queue.take(_EXPIRE_EVERY_S)
             if not messages and queue.closed:
                 return
-            for message in messages:
+            if messages:
                 try:
                     with lock:
-                        if self._follows(message):
-                            applier.apply(message)
-                except Exception as error:  # noqa: BLE001  (one message must not end the worker of many pods)
+                        applier.apply([message for message in messages if self._follows(message)])
+                except Exception as error:  # noqa: BLE001  (some messages must not end the worker of many pods)
                     self._errors += 1
-                    self._log.error("apply_error", topic=message.topic[:80], seq=message.seq, error=repr(error))
-            if messages:
+                    first = messages[0]
+                    self._log.error("apply_error", topic=first.topic[:80], first_seq=first.seq, error=repr(error))
                 queue.done()
             if number == 0 and time.monotonic() >= expire_at:
                 self._index.expire()

@@ -12,12 +12,12 @@ llm-d-kv-cache 7be76e1.
 import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from indexer import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event
+from indexer import AllBlocksCleared, BlockRemoved, BlockStored, Decoded, EngineHash, Event, Index
 from kvevents.errors import DecodeError
 
 MAX_EVENTS = 65_536
@@ -64,6 +64,16 @@ class Batch(NamedTuple):
     discards: Counter[str]
     """Events that were dropped or ignored, by reason."""
 
+    @property
+    def clears(self) -> bool:
+        """Whether one of the events empties the cache."""
+        return any(type(event) is AllBlocksCleared for event in self.events)
+
+    @property
+    def model(self) -> str | None:
+        """The model that the events name, None where they do not."""
+        return next((event.model for event in self.events if type(event) is BlockStored and event.model), None)
+
 
 class _BadEvent(Exception):
     """An event cannot be used; the argument is the reason it is counted under."""
@@ -101,6 +111,26 @@ def decode_batch(payload: bytes | bytearray | memoryview) -> Batch:
         except _BadEvent as bad:
             discards[bad.args[0]] += 1
     return Batch(ts / 1000 if ts > 1e11 else float(ts), rank, events, discards)
+
+
+def decode_batches(
+    payloads: Sequence[bytes | memoryview], index: Index | None = None
+) -> list[Decoded | DecodeError]:
+    """Decode many payload frames at once, in the form that `index` applies fastest.
+
+    Gives a `DecodeError` in the place of each that is no batch at all. Without an index, and for one that is written in
+    Python, the others are what `decode_batch` gives.
+    """
+    if index is not None and index.decoder is not None:
+        decoded = index.decoder(payloads)
+        return [DecodeError(*batch) if isinstance(batch, tuple) else batch for batch in decoded]
+    batches: list[Decoded | DecodeError] = []
+    for payload in payloads:
+        try:
+            batches.append(decode_batch(payload))
+        except DecodeError as error:
+            batches.append(error)
+    return batches
 
 
 def _event(item: Any) -> Event:
@@ -154,7 +184,7 @@ def _stored(fields: Mapping[Any, Any], *, pairs: bool) -> BlockStored:
     extra_keys = fields.get("extra_keys")
     if extra_keys is not None and tokens:
         own_salt, extras, bare = _extras(extra_keys, len(hashes), lora, root=parent is None, pairs=pairs)
-        salt = salt or own_salt
+        salt = salt or own_salt or None
     window = fields.get("kv_cache_spec_sliding_window")
     return BlockStored(
         block_hashes=hashes,

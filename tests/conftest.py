@@ -33,7 +33,7 @@ def payload(*events, rank: int | None = 0) -> bytes:
     return msgspec.msgpack.encode([1.0, list(events), rank])
 
 
-@pytest.fixture(params=["memory://?impl=python"])
+@pytest.fixture(params=["memory://?impl=python", "memory://?impl=native"])
 def index(request) -> Iterator[Index]:
     """Every implementation of the index, empty, following one source."""
     opened = open_index(request.param)

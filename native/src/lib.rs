@@ -1,6 +1,18 @@
 //! The index of kv-cache-indexer at memory speed. See `README.md` beside `Cargo.toml` for who locks what.
 
+pub mod blocks;
 pub mod events;
+pub mod groups;
+pub mod holders;
+pub mod index;
+pub mod keys;
+pub mod ledger;
 pub mod msgpack;
+pub mod matching;
+pub mod prompt;
+pub mod slots;
+pub mod table;
+pub mod waiting;
+pub mod wire;
 #[cfg(feature = "python")]
 mod python;

@@ -1,0 +1,132 @@
+"""The index in this process, in Rust: the same answers and counters as `indexer.memory`, at the speed of memory.
+
+What it does and how it is locked stands in `native/README.md`. Events and questions are worked on without the interpreter
+lock, so workers and scorers really run beside each other.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import cast
+
+from indexer import _native
+from indexer.base import Copies, Decoder, Holding, Limits, Run, Source, SourceStatus
+from indexer.errors import InvalidQuestion, LimitReached
+from indexer.events import Event, Events
+from indexer.keys import BlockKey, ImageItem, TokenIds, check_block_size
+from indexer.prompt import Prompt
+
+
+class NativeIndex:
+    """An `Index` in this process. All methods may be called from any thread."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._index = _native.Index(self._limits, Run, Holding, SourceStatus)
+
+    def __repr__(self) -> str:
+        blocks, sources = self._index.counts()
+        return f"NativeIndex({blocks} blocks, {sources} sources)"
+
+    def register(
+        self, source: Source, *, model: str, copies: Copies = "count", fleet_wide: bool = False, degraded: str = ""
+    ) -> None:
+        """Begin to follow a source, see `Index.register`."""
+        is_new = self._index.register(source, model, copies == "count", fleet_wide)
+        if is_new is None:
+            raise LimitReached(
+                f"source {source}: {self._limits.max_sources} sources are followed already; raise Limits.max_sources"
+            )
+        if is_new and degraded:
+            self.degrade(source, degraded)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder whose batches this index applies as they are."""
+        return _native.decode_batches
+
+    def apply(self, source: Source, events: Events) -> None:
+        """Apply events in order, see `Index.apply`."""
+        self.apply_all(source, (events,))
+
+    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
+        """Apply batch after batch, see `Index.apply_all`."""
+        encoded = [batch if isinstance(batch, _native.Batch) else _encoded(batch) for batch in batches]
+        _require(source, found=self._index.apply(source, encoded))
+
+    def restart(self, source: Source) -> None:
+        """Forget what a source holds, see `Index.restart`."""
+        _require(source, found=self._index.restart(source))
+
+    def degrade(self, source: Source, reason: str) -> None:
+        """Say why answers about a source may be wrong, see `Index.degrade`."""
+        _require(source, found=self._index.degrade(source, reason))
+
+    def expire(self) -> None:
+        """Drop blocks that outlived their time, see `Index.expire`."""
+        self._index.expire()
+
+    def forget(self, pod: str) -> None:
+        """Stop following a pod, see `Index.forget`."""
+        self._index.forget(pod)
+
+    def match(
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
+    ) -> list[Holding]:
+        """Say what each source holds of a prompt, see `Index.match`."""
+        asked = prompt if isinstance(prompt, _native.Prompt) else native_prompt(prompt)
+        return self._index.match(asked, None if pods is None else list(pods), block_size, not holders_only)
+
+    def block_size(self, model: str) -> int | None:
+        """Give the usual block size of a model, see `Index.block_size`."""
+        return self._index.block_size(model)
+
+    def sources(self) -> list[SourceStatus]:
+        """Describe all sources, see `Index.sources`."""
+        return self._index.sources()
+
+    def stats(self) -> dict[str, int]:
+        """Give all counters and gauges, see `Index.stats`."""
+        return self._index.stats()
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._index.close()
+
+
+def native_prompt(prompt: Prompt) -> _native.Prompt:
+    """Give a prompt that was made in Python to the native index."""
+    return _native.Prompt(
+        prompt.tokens,
+        prompt.model,
+        lora_name=prompt.lora_name,
+        cache_salt=prompt.cache_salt,
+        mm_items=prompt.images,
+    )
+
+
+def block_keys(
+    token_ids: TokenIds,
+    model: str,
+    *,
+    block_size: int = 16,
+    lora_name: str | int | None = None,
+    cache_salt: str | None = None,
+    mm_items: Sequence[ImageItem] = (),
+) -> list[BlockKey]:
+    """Do what `indexer.keys.block_keys` does."""
+    check_block_size(block_size)
+    prompt = _native.Prompt(token_ids, model, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
+    return _native.block_keys(prompt, block_size)
+
+
+def _encoded(events: Events) -> _native.Batch:
+    return _native.Batch(cast("Sequence[Event]", events))
+
+
+def _require(source: Source, *, found: bool) -> None:
+    if not found:
+        raise InvalidQuestion(f"source {source}: not registered; call register() before anything else")

@@ -1,0 +1,298 @@
+//! The table of blocks: block key → the slots that hold it.
+//!
+//! The keys are divided among shards by their first bits. Writers of a shard take its lock. Readers take none:
+//!
+//! * They are pinned (`crossbeam_epoch`), so a table that a writer replaced by a larger one stays until they are done.
+//! * A value is one word, see `holders.rs`, and changes in one step: the holders of a block are seen whole.
+//! * Where rows move, a writer makes the shard's version odd, moves them, and makes it even again. A reader that saw an
+//!   odd version, or another one after its look-up than before, looks again. All words are atomics, so what it read
+//!   meanwhile was old or new but never undefined. Rows move for some ten nanoseconds, so readers rarely look twice.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+
+use crossbeam_epoch::{Atomic, Guard, Owned};
+use parking_lot::Mutex;
+
+use crate::holders::{Memo, Sets, SlotId};
+use crate::table::{Place, Table, homes_for, is_crowded, is_sparse};
+
+const SHARD_BITS: u32 = 6;
+const SHARDS: usize = 1 << SHARD_BITS;
+
+/// How many keys ahead of a change their rows are asked for.
+const AHEAD: usize = 8;
+
+#[repr(align(64))]
+struct Shard {
+    version: AtomicU64,
+    table: Atomic<Table<1>>,
+    /// Rows in use.
+    len: Mutex<usize>,
+}
+
+impl Shard {
+    #[inline]
+    fn table<'g>(&self, guard: &'g Guard) -> &'g Table<1> {
+        // SAFETY: the pointer is never null, and what it replaced is kept until the guard is dropped.
+        unsafe { self.table.load(Ordering::Acquire, guard).deref() }
+    }
+
+    /// Lets rows move. Only with the shard's lock.
+    #[inline]
+    fn moving<T>(&self, work: impl FnOnce() -> T) -> T {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        let result = work();
+        self.version.store(version + 2, Ordering::Release);
+        result
+    }
+
+    #[inline]
+    fn get(&self, key: u64, guard: &Guard) -> u64 {
+        loop {
+            let version = self.version.load(Ordering::Acquire);
+            let value = self.table(guard).get([key]);
+            fence(Ordering::Acquire);
+            if version & 1 == 0 && version == self.version.load(Ordering::Relaxed) {
+                return value;
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// See the module.
+pub struct Blocks {
+    shards: Box<[Shard; SHARDS]>,
+    sets: Sets,
+    /// Keys are multiplied by it, so that nobody who can choose tokens can choose which rows they crowd.
+    secret: u64,
+    len: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl Blocks {
+    /// `secret` may be any odd number.
+    pub fn new(secret: u64) -> Self {
+        let shards: Vec<Shard> = (0..SHARDS)
+            .map(|_| Shard { version: AtomicU64::new(0), table: Atomic::new(Table::new(0)), len: Mutex::new(0) })
+            .collect();
+        let bytes = SHARDS * (size_of::<Shard>() + Table::<1>::new(0).bytes());
+        let shards = shards.try_into().unwrap_or_else(|_| unreachable!("there are as many as were made"));
+        Self { shards, sets: Sets::default(), secret: secret | 1, len: AtomicUsize::new(0), bytes: AtomicUsize::new(bytes) }
+    }
+
+    /// Blocks that somebody holds.
+    pub fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed) + self.sets.bytes()
+    }
+
+    /// The shard of a key, and the key that stands in its table.
+    #[inline]
+    fn shard(&self, key: u64) -> (&Shard, u64) {
+        let mixed = key.wrapping_mul(self.secret);
+        (&self.shards[(mixed >> (64 - SHARD_BITS)) as usize], mixed << SHARD_BITS | mixed >> (64 - SHARD_BITS))
+    }
+
+    /// Asks for the row of a key ahead of `holders`.
+    #[inline]
+    pub fn prefetch(&self, key: u64, guard: &Guard) {
+        let (shard, key) = self.shard(key);
+        shard.table(guard).prefetch(&[key]);
+    }
+
+    /// The word of the slots that hold a block, 0 for nobody.
+    #[inline]
+    pub fn holders(&self, key: u64, guard: &Guard) -> u64 {
+        let (shard, key) = self.shard(key);
+        shard.get(key, guard)
+    }
+
+    /// From now on `slot` holds these blocks; `again` hears of those that it held already.
+    pub fn hold(&self, slot: SlotId, keys: &[u64], guard: &Guard, mut again: impl FnMut(u64)) {
+        let mut memo = Memo::default();
+        for key in keys.iter().take(AHEAD) {
+            self.prefetch(*key, guard);
+        }
+        for (number, key) in keys.iter().enumerate() {
+            if let Some(ahead) = keys.get(number + AHEAD) {
+                self.prefetch(*ahead, guard);
+            }
+            if !self.hold_one(slot, *key, &mut memo, guard) {
+                again(*key);
+            }
+        }
+    }
+
+    #[inline]
+    fn hold_one(&self, slot: SlotId, key: u64, memo: &mut Memo, guard: &Guard) -> bool {
+        let (shard, key) = self.shard(key);
+        let mut len = shard.len.lock();
+        loop {
+            let table = shard.table(guard);
+            match table.place(&[key]) {
+                Place::Found(number) => {
+                    let row = &table.rows()[number];
+                    let before = row.value();
+                    let Some(after) = self.sets.with(before, slot, memo, guard) else { return false };
+                    row.set_value(after);
+                    self.sets.release(before, guard);
+                    return true;
+                }
+                Place::Vacant(_) if is_crowded(*len + 1, table.homes()) => {
+                    self.replace(shard, table.resized(homes_for(*len + 1)), guard);
+                }
+                Place::Vacant(number) => {
+                    let Some(word) = self.sets.with(0, slot, memo, guard) else { return false };
+                    let put = if table.is_gap(number) {
+                        table.insert(number, [key], word)
+                    } else {
+                        shard.moving(|| table.insert(number, [key], word))
+                    };
+                    if put {
+                        *len += 1;
+                        self.len.fetch_add(1, Ordering::Relaxed);
+                        return true;
+                    }
+                    self.replace(shard, table.with_more_spare(), guard);
+                }
+            }
+        }
+    }
+
+    /// From now on `slot` holds these blocks no longer.
+    pub fn release(&self, slot: SlotId, keys: &[u64], guard: &Guard) {
+        let mut memo = Memo::default();
+        for key in keys.iter().take(AHEAD) {
+            self.prefetch(*key, guard);
+        }
+        for (number, key) in keys.iter().enumerate() {
+            if let Some(ahead) = keys.get(number + AHEAD) {
+                self.prefetch(*ahead, guard);
+            }
+            self.release_one(slot, *key, &mut memo, guard);
+        }
+    }
+
+    fn release_one(&self, slot: SlotId, key: u64, memo: &mut Memo, guard: &Guard) {
+        let (shard, key) = self.shard(key);
+        let mut len = shard.len.lock();
+        let table = shard.table(guard);
+        let Place::Found(number) = table.place(&[key]) else { return };
+        let row = &table.rows()[number];
+        let before = row.value();
+        let Some(after) = self.sets.without(before, slot, memo, guard) else { return };
+        if after != 0 {
+            row.set_value(after);
+            self.sets.release(before, guard);
+            return;
+        }
+        shard.moving(|| table.remove(number));
+        *len -= 1;
+        self.len.fetch_sub(1, Ordering::Relaxed);
+        if is_sparse(*len, table.homes()) {
+            self.replace(shard, table.resized(homes_for(*len)), guard);
+        }
+    }
+
+    /// Gives back the memory of rows that are no longer in use.
+    pub fn compact(&self, guard: &Guard) {
+        for shard in self.shards.iter() {
+            let len = shard.len.lock();
+            let table = shard.table(guard);
+            if homes_for(*len) < table.homes() {
+                self.replace(shard, table.resized(homes_for(*len)), guard);
+            }
+        }
+    }
+
+    /// Puts another table in place of a shard's. Only with the shard's lock.
+    fn replace(&self, shard: &Shard, table: Table<1>, guard: &Guard) {
+        self.bytes.fetch_add(table.bytes(), Ordering::Relaxed);
+        let before = shard.table.swap(Owned::new(table), Ordering::AcqRel, guard);
+        // SAFETY: no new reader can find the old table, and those that have it are pinned.
+        unsafe {
+            self.bytes.fetch_sub(before.deref().bytes(), Ordering::Relaxed);
+            guard.defer_destroy(before);
+        }
+    }
+}
+
+impl Drop for Blocks {
+    fn drop(&mut self) {
+        for shard in self.shards.iter_mut() {
+            let table = std::mem::replace(&mut shard.table, Atomic::null());
+            // SAFETY: nobody else is left, and the pointer was never null.
+            drop(unsafe { table.into_owned() });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::holders::slots_of;
+    use crossbeam_epoch::pin;
+    use std::sync::atomic::AtomicBool;
+    use xxhash_rust::xxh3::xxh3_64;
+
+    fn key(number: u64) -> u64 {
+        xxh3_64(&number.to_le_bytes())
+    }
+
+    /// Writers come and go on the same keys while readers check that blocks that nobody takes away are always there,
+    /// and that whoever holds a block together with others is never seen without them.
+    #[test]
+    fn readers_see_holders_whole_while_writers_move_rows() {
+        let (blocks, done) = (Blocks::new(12345), AtomicBool::new(false));
+        let lasting: Vec<u64> = (0..500).map(key).collect();
+        for slot in [1, 2, 3, 4, 5] {
+            blocks.hold(slot, &lasting, &pin(), |_| unreachable!());
+        }
+        std::thread::scope(|scope| {
+            let mut writers = Vec::new();
+            for writer in 0..3u32 {
+                let (blocks, lasting) = (&blocks, &lasting);
+                writers.push(scope.spawn(move || {
+                    let own: Vec<u64> = (0..3000).map(|number| key(1000 + number % 2000 + u64::from(writer) * 500)).collect();
+                    for _ in 0..30 {
+                        for keys in own.chunks(100) {
+                            blocks.hold(10 + writer, keys, &pin(), |_| ());
+                        }
+                        blocks.hold(10 + writer, lasting, &pin(), |_| unreachable!());
+                        blocks.release(10 + writer, &own, &pin());
+                        blocks.release(10 + writer, lasting, &pin());
+                        blocks.compact(&pin());
+                    }
+                }));
+            }
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let guard = pin();
+                        for key in &lasting {
+                            let held = slots_of(blocks.holders(*key, &guard), &guard);
+                            assert_eq!(held.as_slice()[..5], [1, 2, 3, 4, 5]);
+                            assert!(held.as_slice()[5..].is_sorted());
+                        }
+                    }
+                });
+            }
+            let finished: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
+            done.store(true, Ordering::Relaxed);
+            assert!(finished.iter().all(Result::is_ok));
+        });
+        assert_eq!(blocks.len(), 500);
+        for slot in [1, 2, 3, 4, 5] {
+            blocks.release(slot, &lasting, &pin());
+        }
+        assert_eq!(blocks.len(), 0);
+        assert_eq!(blocks.sets.bytes(), 0);
+    }
+}

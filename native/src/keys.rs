@@ -1,0 +1,93 @@
+//! Block keys: the twin of `indexer/keys.py`.
+
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use crate::events::Lora;
+use crate::msgpack;
+
+/// An image or other multimodal item of a prompt: identifier, first token, number of tokens.
+#[derive(Clone, Debug)]
+pub struct ImageItem {
+    pub name: String,
+    pub first: u64,
+    pub length: u64,
+}
+
+/// The key that stands before the first block of a chain.
+pub fn root_key(model: &str, block_size: u32, lora: Option<&Lora>, salt: Option<&str>) -> u64 {
+    let mut text = Vec::with_capacity(64 + model.len());
+    msgpack::write_array_len(&mut text, 4);
+    msgpack::write_str(&mut text, model);
+    msgpack::write_int(&mut text, i128::from(block_size));
+    match lora {
+        None => msgpack::write_nil(&mut text),
+        Some(Lora::Name(name)) => msgpack::write_str(&mut text, name),
+        Some(Lora::Number(number)) => msgpack::write_int(&mut text, *number),
+    }
+    match salt {
+        None => msgpack::write_nil(&mut text),
+        Some(salt) => msgpack::write_str(&mut text, salt),
+    }
+    xxh3_64(&text)
+}
+
+/// Appends the keys of the whole blocks in `tokens`, the first following `parent`. With extras it stops where they end.
+pub fn extend_chain(parent: u64, tokens: &[u32], block_size: usize, extras: Option<&[Vec<u8>]>, keys: &mut Vec<u64>) {
+    let mut key = parent;
+    match extras {
+        None => {
+            keys.reserve(tokens.len() / block_size);
+            for block in tokens.chunks_exact(block_size) {
+                key = with_bytes(block, |bytes| xxh3_64_with_seed(bytes, key));
+                keys.push(key);
+            }
+        }
+        Some(extras) => {
+            let mut row = Vec::with_capacity(4 * block_size + 64);
+            for (block, extra) in tokens.chunks_exact(block_size).zip(extras) {
+                row.clear();
+                with_bytes(block, |bytes| row.extend_from_slice(bytes));
+                row.extend_from_slice(extra);
+                key = xxh3_64_with_seed(&row, key);
+                keys.push(key);
+            }
+        }
+    }
+}
+
+/// Hands over tokens as little-endian bytes.
+#[inline]
+fn with_bytes<T>(tokens: &[u32], work: impl FnOnce(&[u8]) -> T) -> T {
+    if cfg!(target_endian = "little") {
+        // SAFETY: any u32 is four valid bytes, alignment of u8 is 1, and the length is that of the slice.
+        work(unsafe { std::slice::from_raw_parts(tokens.as_ptr().cast::<u8>(), std::mem::size_of_val(tokens)) })
+    } else {
+        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        work(&bytes)
+    }
+}
+
+/// The extra bytes of the block of tokens `start` to `end` of a prompt with these images; `bare` leaves places out.
+pub fn image_extra(images: &[ImageItem], start: u64, end: u64, bare: bool) -> Vec<u8> {
+    let mut inside: Vec<(u64, &str)> = images
+        .iter()
+        .filter(|image| image.first < end && image.first.saturating_add(image.length) > start)
+        .map(|image| (image.first, image.name.as_str()))
+        .collect();
+    let mut out = Vec::new();
+    if inside.is_empty() {
+        return out;
+    }
+    inside.sort_unstable();
+    msgpack::write_array_len(&mut out, inside.len());
+    for (first, name) in inside {
+        if bare {
+            msgpack::write_str(&mut out, name);
+        } else {
+            msgpack::write_array_len(&mut out, 2);
+            msgpack::write_str(&mut out, name);
+            msgpack::write_int(&mut out, i128::from(first) - i128::from(start));
+        }
+    }
+    out
+}

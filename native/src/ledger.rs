@@ -1,0 +1,626 @@
+//! The ledger of one source: which blocks its engine named, and which block keys those are. The twin of
+//! `indexer/ledger.py`, which says why each step is as it is; here the changes go to the table of blocks at once.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crossbeam_epoch::Guard;
+use hashbrown::HashMap;
+
+use crate::blocks::Blocks;
+use crate::events::{EngineHash, Removed, Stored};
+use crate::groups::GroupSpec;
+use crate::holders::SlotId;
+use crate::keys::{extend_chain, root_key};
+use crate::slots::Slots;
+use crate::table::Map;
+use crate::waiting::{Place, WaitingRoom};
+
+macro_rules! counters {
+    ($($name:ident),* $(,)?) => {
+        /// What happened, by name.
+        #[derive(Default)]
+        pub struct Counters { $(pub $name: AtomicU64),* }
+
+        impl Counters {
+            /// All names and values.
+            pub fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((concat!(stringify!($name), "_total"), self.$name.load(Ordering::Relaxed))),*]
+            }
+        }
+    };
+}
+
+counters! {
+    stored, removed, cleared, restarts, copies, hash_conflicts, parked, unplaced, partial_blocks, removed_unknown,
+    expired, evicted, too_many_slots,
+}
+
+/// Adds to a counter.
+pub fn count(counter: &AtomicU64, more: usize) {
+    if more > 0 {
+        counter.fetch_add(more as u64, Ordering::Relaxed);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    Gpu,
+    Cpu,
+    Disk,
+    Shared,
+}
+
+impl Tier {
+    /// From the most to the least useful.
+    pub const ALL: [Self; 4] = [Self::Gpu, Self::Cpu, Self::Disk, Self::Shared];
+
+    /// Words that are not known count as shared.
+    pub fn of(medium: &str) -> Self {
+        match medium {
+            "gpu" => Self::Gpu,
+            "cpu" | "cpu_pinned" => Self::Cpu,
+            "disk" => Self::Disk,
+            _ => Self::Shared,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gpu => "gpu",
+            Self::Cpu => "cpu",
+            Self::Disk => "disk",
+            Self::Shared => "shared",
+        }
+    }
+}
+
+/// A block key and the size of its block.
+pub type Known = (u64, u32);
+
+/// Engine hash → block key.
+#[derive(Default)]
+struct Held {
+    ints: Map<1>,
+    digests: Map<2>,
+}
+
+impl Held {
+    fn len(&self) -> usize {
+        self.ints.len() + self.digests.len()
+    }
+
+    #[inline]
+    fn get(&self, name: EngineHash, secret: u64) -> u64 {
+        match name.as_int() {
+            Some(int) => self.ints.get([int.wrapping_mul(secret)]),
+            None => self.digests.get(digest_key(name, secret)),
+        }
+    }
+
+    #[inline]
+    fn prefetch(&self, name: EngineHash, secret: u64) {
+        match name.as_int() {
+            Some(int) => self.ints.prefetch(&[int.wrapping_mul(secret)]),
+            None => self.digests.prefetch(&digest_key(name, secret)),
+        }
+    }
+
+    #[inline]
+    fn insert_or_get(&mut self, name: EngineHash, key: u64, secret: u64) -> u64 {
+        let key = key.max(1); // 0 marks a gap; a key that is 0 is either forged or the first in the world
+        match name.as_int() {
+            Some(int) => self.ints.insert_or_get([int.wrapping_mul(secret)], key),
+            None => self.digests.insert_or_get(digest_key(name, secret), key),
+        }
+    }
+
+    fn remove(&mut self, name: EngineHash, secret: u64) -> u64 {
+        match name.as_int() {
+            Some(int) => self.ints.remove([int.wrapping_mul(secret)]),
+            None => self.digests.remove(digest_key(name, secret)),
+        }
+    }
+
+    fn keys(&self) -> impl Iterator<Item = u64> + '_ {
+        self.ints.iter().map(|(_, key)| key).chain(self.digests.iter().map(|(_, key)| key))
+    }
+}
+
+/// Multiplying by a secret odd number spreads names that an engine counts up, and nobody can choose which rows they crowd.
+fn digest_key(name: EngineHash, secret: u64) -> [u64; 2] {
+    [(name.0 as u64).wrapping_mul(secret), (name.0 >> 64) as u64]
+}
+
+/// When each block of a medium was last announced.
+#[derive(Default)]
+struct Seen {
+    last: HashMap<EngineHash, Instant>,
+    /// In order of time; entries that `last` contradicts are of no meaning.
+    order: VecDeque<(Instant, EngineHash)>,
+}
+
+impl Seen {
+    fn announce(&mut self, name: EngineHash, now: Instant) {
+        self.last.insert(name, now);
+        self.order.push_back((now, name));
+        if self.order.len() > 2 * self.last.len() + 64 {
+            let last = &self.last;
+            self.order.retain(|(time, name)| last.get(name) == Some(time));
+        }
+    }
+
+    fn pop_before(&mut self, before: Instant) -> Option<EngineHash> {
+        while let Some((time, name)) = self.order.front().copied() {
+            let newest = self.last.get(&name) == Some(&time);
+            if newest && time >= before {
+                return None;
+            }
+            self.order.pop_front();
+            if newest {
+                self.last.remove(&name);
+                return Some(name);
+            }
+        }
+        None
+    }
+}
+
+/// The blocks of one source on one medium, of one cache group and one block size.
+pub struct Slot {
+    pub id: SlotId,
+    pub medium: Arc<str>,
+    pub tier: Tier,
+    pub group: Option<u32>,
+    pub block_size: u32,
+    held: Held,
+    /// Physical copies, for the few hashes that have more than one.
+    copies: HashMap<EngineHash, u64>,
+    /// How many more hashes stand for a key, for the few keys that have more than one.
+    aliases: HashMap<u64, u64>,
+    /// As long as the engine has announced no removal here.
+    seen: Option<Seen>,
+}
+
+impl Slot {
+    /// Blocks held.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// The keys of all blocks held, once for each hash.
+    pub fn keys(&self) -> impl Iterator<Item = u64> + '_ {
+        self.held.keys()
+    }
+
+    fn bytes(&self) -> usize {
+        let seen = self.seen.as_ref().map_or(0, |seen| seen.last.capacity() * 40 + seen.order.capacity() * 32);
+        size_of::<Self>()
+            + self.held.ints.bytes()
+            + self.held.digests.bytes()
+            + self.copies.capacity() * 33
+            + self.aliases.capacity() * 17
+            + seen
+    }
+
+    fn forget(&mut self, gone: &mut Vec<u64>, at: &Here) {
+        if !self.aliases.is_empty() {
+            gone.retain(|key| match self.aliases.get_mut(key) {
+                None => true,
+                Some(1) => {
+                    self.aliases.remove(key);
+                    false
+                }
+                Some(more) => {
+                    *more -= 1;
+                    false
+                }
+            });
+        }
+        at.blocks.release(self.id, gone, at.guard);
+        gone.clear();
+    }
+}
+
+/// Removed blocks whose tokens are still known, for events that name them without tokens.
+#[derive(Default)]
+struct Remembered {
+    known: HashMap<EngineHash, Known>,
+    order: VecDeque<EngineHash>,
+}
+
+impl Remembered {
+    fn keep(&mut self, name: EngineHash, known: Known, limit: usize) {
+        if self.known.insert(name, known).is_none() {
+            self.order.push_back(name);
+        }
+        if self.known.len() > limit
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.known.capacity() * 33 + self.order.capacity() * 16
+    }
+}
+
+/// Bounds, as in `indexer.Limits`.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    pub max_sources: usize,
+    pub max_slots_per_source: usize,
+    pub parked_blocks: usize,
+    pub remembered_blocks: usize,
+    pub block_sizes: usize,
+    pub silent_tier_ttl_s: f64,
+    /// None: no bound.
+    pub max_bytes: Option<usize>,
+}
+
+/// What a ledger works on. It owns none of it.
+pub struct Here<'a> {
+    pub blocks: &'a Blocks,
+    pub guard: &'a Guard,
+    pub counters: &'a Counters,
+    pub limits: &'a Limits,
+    /// Multiplies engine hashes.
+    pub secret: u64,
+    pub slots: &'a Slots,
+    /// Looks a hash up in other sources, for caches that the whole fleet shares.
+    pub elsewhere: Option<&'a dyn Fn(EngineHash) -> Option<Known>>,
+}
+
+/// See the module. One writer at a time.
+pub struct Ledger {
+    pub model: Arc<str>,
+    pub groups: Vec<(u32, GroupSpec)>,
+    pub slots: Vec<Slot>,
+    pub waiting: WaitingRoom,
+    counted: bool,
+    remembered: Remembered,
+    conflicts: bool,
+    /// The tier whose blocks were forgotten last to keep a bound.
+    evicted: Option<Tier>,
+    /// What `bytes` was when it was last added to the index's.
+    pub accounted: usize,
+    /// The source is no longer followed.
+    pub gone: bool,
+    keys: Vec<u64>,
+    new: Vec<u64>,
+}
+
+impl Ledger {
+    pub fn new(model: Arc<str>, counted: bool, parked_blocks: usize, groups: Vec<(u32, GroupSpec)>) -> Self {
+        Self {
+            model,
+            groups,
+            slots: Vec::new(),
+            waiting: WaitingRoom::new(parked_blocks),
+            counted,
+            remembered: Remembered::default(),
+            conflicts: false,
+            evicted: None,
+            accounted: 0,
+            gone: false,
+            keys: Vec::new(),
+            new: Vec::new(),
+        }
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        let slots: usize = self.slots.iter().map(Slot::bytes).sum();
+        size_of::<Self>() + slots + self.waiting.bytes() + self.remembered.bytes() + self.groups.capacity() * 32
+    }
+
+    /// Blocks held, each counted once for each medium and group.
+    pub fn len(&self) -> usize {
+        self.slots.iter().map(Slot::len).sum()
+    }
+
+    /// Why the ledger may know less than the engine holds, "" when it knows all.
+    pub fn degraded(&self) -> &'static str {
+        if self.conflicts {
+            return "hash mismatch: one block hash was announced for different tokens";
+        }
+        match self.evicted {
+            Some(Tier::Gpu) => return "over max_bytes: blocks on gpu were forgotten",
+            Some(Tier::Cpu) => return "over max_bytes: blocks on cpu were forgotten",
+            Some(Tier::Disk) => return "over max_bytes: blocks on disk were forgotten",
+            Some(Tier::Shared) => return "over max_bytes: blocks on shared were forgotten",
+            None => (),
+        }
+        if self.waiting.has_unplaced() || self.waiting.dropped > 0 {
+            return "unplaced: the engine named blocks without saying which tokens they hold";
+        }
+        if self.waiting.has_lost_parents() {
+            return "unknown parent: blocks were stored whose predecessors were never announced";
+        }
+        ""
+    }
+
+    /// Applies a store event, and what waited for it.
+    pub fn store(&mut self, event: &Stored, at: &Here) {
+        if !self.store_one(event, at) || !self.waiting.has_parked() {
+            return;
+        }
+        let mut names: Vec<(EngineHash, u32)> = names_of(event).collect();
+        let mut stored = Vec::new();
+        loop {
+            for (name, size) in names.drain(..) {
+                for parked in self.waiting.unpark(name, size) {
+                    self.store_one(&parked.event, at);
+                    if !parked.removed.is_empty() {
+                        let place = parked.place();
+                        self.remove_from(&place, &parked.removed, at);
+                    }
+                    stored.push(parked.event);
+                }
+            }
+            let Some(event) = stored.pop() else { return };
+            names.extend(names_of(&event));
+        }
+    }
+
+    /// Applies one event alone; says whether blocks may follow its hashes now.
+    fn store_one(&mut self, event: &Stored, at: &Here) -> bool {
+        let (hashes, size) = (&event.block_hashes, event.block_size);
+        if let Some(group) = event.group
+            && size > 0
+            && !self.groups.iter().any(|(number, _)| *number == group)
+        {
+            self.groups.push((group, GroupSpec::of(event.kind.as_deref(), event.sliding_window, size)));
+            at.slots.change_layout();
+        }
+        if hashes.is_empty() {
+            return false;
+        }
+        if size == 0 || event.token_ids.is_empty() {
+            self.store_named(event, 0, at);
+            return false;
+        }
+        let width = size as usize;
+        if event.token_ids.len() / width > hashes.len() {
+            self.store_named(event, size, at);
+            return true;
+        }
+        let parent = match event.parent {
+            None => root_key(&self.model, size, event.lora.as_ref(), event.cache_salt.as_deref()),
+            Some(name) => match self.find(name, size, at.secret) {
+                Some((key, _)) => key,
+                None => {
+                    count(&at.counters.parked, hashes.len());
+                    self.waiting.park(event, name);
+                    return false;
+                }
+            },
+        };
+        let Some(slot) = self.slot(&event.medium, event.group, size, at) else { return false };
+        for name in hashes {
+            self.slots[slot].held.prefetch(*name, at.secret);
+        }
+        // an engine may send a token more than its blocks hold (WIRE B1a)
+        let tokens = &event.token_ids[..event.token_ids.len().min(width * hashes.len())];
+        let mut keys = std::mem::take(&mut self.keys);
+        keys.clear();
+        extend_chain(parent, tokens, width, event.extras.as_deref(), &mut keys);
+        count(&at.counters.partial_blocks, hashes.len() - keys.len());
+        self.hold(slot, hashes, &keys, at);
+        if self.waiting.has_unplaced() {
+            for (name, key) in hashes.iter().zip(&keys) {
+                self.place(*name, (*key, size), at);
+            }
+        }
+        self.keys = keys;
+        true
+    }
+
+    /// Stores hashes that do not come with their own tokens; `size` 0 takes any block size they are known with.
+    fn store_named(&mut self, event: &Stored, size: u32, at: &Here) {
+        let place = Place { medium: event.medium.clone(), group: event.group };
+        for name in &event.block_hashes {
+            let known = self.find(*name, size, at.secret).or_else(|| at.elsewhere.and_then(|find| find(*name)));
+            match known {
+                None => {
+                    count(&at.counters.unplaced, 1);
+                    self.waiting.wait(*name, &place, size, self.counted);
+                }
+                Some((key, size)) => {
+                    if let Some(slot) = self.slot(&place.medium, place.group, size, at) {
+                        self.hold(slot, &[*name], &[key], at);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Places the copies that wait under a name whose key is known now.
+    pub fn place(&mut self, name: EngineHash, known: Known, at: &Here) {
+        let (key, size) = known;
+        for place in self.waiting.placed(name, size) {
+            if let Some(slot) = self.slot(&place.medium, place.group, size, at) {
+                self.hold(slot, &[name], &[key], at);
+            }
+        }
+    }
+
+    fn hold(&mut self, slot: usize, hashes: &[EngineHash], keys: &[u64], at: &Here) {
+        let slot = &mut self.slots[slot];
+        let new = &mut self.new;
+        new.clear();
+        for (name, key) in hashes.iter().zip(keys) {
+            let before = slot.held.insert_or_get(*name, *key, at.secret);
+            if before == 0 {
+                new.push(*key);
+            } else if before != *key {
+                count(&at.counters.hash_conflicts, 1);
+                self.conflicts = true;
+            } else if self.counted {
+                *slot.copies.entry(*name).or_insert(1) += 1;
+                count(&at.counters.copies, 1);
+            }
+        }
+        if let Some(seen) = &mut slot.seen {
+            let now = Instant::now();
+            for name in &hashes[..keys.len()] {
+                seen.announce(*name, now);
+            }
+        }
+        let aliases = &mut slot.aliases;
+        at.blocks.hold(slot.id, new, at.guard, |key| *aliases.entry(key).or_insert(0) += 1);
+    }
+
+    /// Applies a removal. It takes one copy of each hash.
+    pub fn remove(&mut self, event: &Removed, at: &Here) {
+        let place = Place { medium: event.medium.clone(), group: event.group };
+        self.remove_from(&place, &event.block_hashes, at);
+    }
+
+    fn remove_from(&mut self, place: &Place, hashes: &[EngineHash], at: &Here) {
+        let slots = self.slots_at(place);
+        for slot in &slots {
+            self.slots[*slot].seen = None; // removals are announced here, so nothing has to age out
+        }
+        if let [slot] = slots[..] {
+            for name in hashes {
+                self.slots[slot].held.prefetch(*name, at.secret);
+            }
+        }
+        let (mut gone, mut gone_from) = (Vec::new(), 0);
+        for name in hashes {
+            let holder = slots.iter().copied().find(|slot| self.slots[*slot].held.get(*name, at.secret) != 0);
+            let mut waited = false;
+            if self.waiting.blocks > 0 && (holder.is_none() || !self.counted) {
+                waited = self.waiting.remove(*name, place, self.counted);
+            }
+            let Some(holder) = holder else {
+                count(&at.counters.removed_unknown, usize::from(!waited));
+                continue;
+            };
+            let slot = &mut self.slots[holder];
+            match slot.copies.get_mut(name) {
+                None => {
+                    if gone_from != holder && !gone.is_empty() {
+                        self.slots[gone_from].forget(&mut gone, at);
+                    }
+                    gone_from = holder;
+                    gone.push(self.drop_name(holder, *name, at));
+                }
+                Some(2) => {
+                    slot.copies.remove(name);
+                }
+                Some(copies) => *copies -= 1,
+            }
+        }
+        if !gone.is_empty() {
+            self.slots[gone_from].forget(&mut gone, at);
+        }
+    }
+
+    /// Takes a name out of a slot that has it, remembers it, and gives its key.
+    fn drop_name(&mut self, slot: usize, name: EngineHash, at: &Here) -> u64 {
+        let slot = &mut self.slots[slot];
+        let key = slot.held.remove(name, at.secret);
+        self.remembered.keep(name, (key, slot.block_size), at.limits.remembered_blocks);
+        key
+    }
+
+    /// Drops blocks last announced before that time on media whose removals are never announced.
+    pub fn expire(&mut self, before: Instant, at: &Here) {
+        for number in 0..self.slots.len() {
+            let mut gone = Vec::new();
+            while let Some(name) = self.slots[number].seen.as_mut().and_then(|seen| seen.pop_before(before)) {
+                self.slots[number].copies.remove(&name);
+                if self.slots[number].held.get(name, at.secret) != 0 {
+                    gone.push(self.drop_name(number, name, at));
+                    count(&at.counters.expired, 1);
+                }
+            }
+            if !gone.is_empty() {
+                self.slots[number].forget(&mut gone, at);
+            }
+        }
+    }
+
+    /// Whether there is nothing to evict.
+    pub fn is_empty(&self) -> bool {
+        self.len() + self.waiting.blocks + self.remembered.known.len() == 0
+    }
+
+    /// Gives up the slots of the least useful tier, or what waits and is remembered where no blocks are held.
+    pub fn evict(&mut self) -> Vec<Slot> {
+        let held = self.slots.iter().filter(|slot| slot.len() > 0);
+        let Some(tier) = held.map(|slot| slot.tier).max() else {
+            self.waiting.drop_all();
+            self.remembered = Remembered::default();
+            return Vec::new();
+        };
+        self.evicted = Some(tier);
+        self.slots.extract_if(.., |slot| slot.tier == tier).collect()
+    }
+
+    /// Key and block size of a hash that is or lately was held anywhere; `size` 0 takes any block size.
+    pub fn find(&self, name: EngineHash, size: u32, secret: u64) -> Option<Known> {
+        for slot in &self.slots {
+            if size == 0 || size == slot.block_size {
+                let key = slot.held.get(name, secret);
+                if key != 0 {
+                    return Some((key, slot.block_size));
+                }
+            }
+        }
+        self.remembered.known.get(&name).copied().filter(|known| size == 0 || size == known.1)
+    }
+
+    /// The slot for these blocks, made where there is none; None where there are too many.
+    fn slot(&mut self, medium: &Arc<str>, group: Option<u32>, size: u32, at: &Here) -> Option<usize> {
+        let known = self
+            .slots
+            .iter()
+            .position(|slot| slot.block_size == size && slot.group == group && slot.medium == *medium);
+        if known.is_some() {
+            return known;
+        }
+        let id = if self.slots.len() < at.limits.max_slots_per_source { at.slots.take() } else { None };
+        let Some(id) = id else {
+            count(&at.counters.too_many_slots, 1);
+            return None;
+        };
+        let tier = Tier::of(medium);
+        self.slots.push(Slot {
+            id,
+            medium: medium.clone(),
+            tier,
+            group,
+            block_size: size,
+            held: Held::default(),
+            copies: HashMap::new(),
+            aliases: HashMap::new(),
+            seen: (tier != Tier::Gpu).then(Seen::default),
+        });
+        at.slots.change_layout();
+        Some(self.slots.len() - 1)
+    }
+
+    /// The slots that a removal can mean. Some publishers of one engine say the group, others do not.
+    fn slots_at(&self, place: &Place) -> Vec<usize> {
+        let here = |wanted: &dyn Fn(&Slot) -> bool| -> Vec<usize> {
+            let slots = self.slots.iter().enumerate();
+            slots.filter(|(_, slot)| slot.medium == place.medium && wanted(slot)).map(|(number, _)| number).collect()
+        };
+        let exact = here(&|slot| slot.group == place.group);
+        if !exact.is_empty() {
+            return exact;
+        }
+        here(&|slot| place.group.is_none() || slot.group.is_none())
+    }
+}
+
+fn names_of(event: &Stored) -> impl Iterator<Item = (EngineHash, u32)> + use<> {
+    let size = event.block_size;
+    event.block_hashes.clone().into_iter().map(move |name| (name, size))
+}

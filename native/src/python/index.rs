@@ -1,0 +1,209 @@
+//! The index.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+
+use crate::events::Event;
+use crate::index::{self, Name};
+use crate::ledger::Limits;
+use crate::matching::{Asked, Run, Runs};
+use crate::python::events::Batch;
+use crate::python::prompt::Prompt;
+
+/// The index in this process, in Rust. `indexer.native` puts the interpreter's face on it.
+#[pyclass(frozen, module = "indexer._native")]
+pub struct Index {
+    index: index::Index,
+    make_run: Py<PyAny>,
+    make_holding: Py<PyAny>,
+    make_status: Py<PyAny>,
+}
+
+#[pymethods]
+impl Index {
+    /// `limits` is `indexer.Limits`; the others make a `Run`, a `Holding` and a `SourceStatus`.
+    #[new]
+    fn new(
+        limits: &Bound<'_, PyAny>,
+        make_run: Py<PyAny>,
+        make_holding: Py<PyAny>,
+        make_status: Py<PyAny>,
+    ) -> PyResult<Self> {
+        let limits = Limits {
+            max_sources: limits.getattr("max_sources")?.extract()?,
+            max_slots_per_source: limits.getattr("max_slots_per_source")?.extract()?,
+            parked_blocks: limits.getattr("parked_blocks")?.extract()?,
+            remembered_blocks: limits.getattr("remembered_blocks")?.extract()?,
+            block_sizes: limits.getattr("block_sizes")?.extract()?,
+            silent_tier_ttl_s: limits.getattr("silent_tier_ttl_s")?.extract()?,
+            max_bytes: limits.getattr("max_bytes")?.extract()?,
+        };
+        Ok(Self { index: index::Index::new(limits), make_run, make_holding, make_status })
+    }
+
+    /// Begins to follow a source; says whether it is new, None where too many are followed.
+    fn register(
+        &self,
+        source: &Bound<'_, PyTuple>,
+        model: &str,
+        counted: bool,
+        fleet_wide: bool,
+    ) -> PyResult<Option<bool>> {
+        let label = source.clone().unbind();
+        Ok(self.index.register(name_of(source)?, model, counted, fleet_wide, || Box::new(label)).ok())
+    }
+
+    /// Applies batches in order; says no where the source is not followed.
+    fn apply(&self, source: &Bound<'_, PyTuple>, batches: Vec<PyRef<'_, Batch>>) -> PyResult<bool> {
+        let name = name_of(source)?;
+        let events: Vec<&[Event]> = batches.iter().map(|batch| &batch.batch.events[..]).collect();
+        Ok(source.py().detach(|| self.index.apply(&name, events)).is_ok())
+    }
+
+    /// Forgets everything a source holds; says no where it is not followed.
+    fn restart(&self, source: &Bound<'_, PyTuple>) -> PyResult<bool> {
+        let name = name_of(source)?;
+        Ok(source.py().detach(|| self.index.restart(&name)).is_ok())
+    }
+
+    /// Says why answers may be wrong; says no where the source is not followed.
+    fn degrade(&self, source: &Bound<'_, PyTuple>, reason: &str) -> PyResult<bool> {
+        let name = name_of(source)?;
+        Ok(source.py().detach(|| self.index.degrade(&name, reason)).is_ok())
+    }
+
+    fn expire(&self, py: Python<'_>) {
+        py.detach(|| self.index.expire());
+    }
+
+    fn forget(&self, py: Python<'_>, pod: &str) {
+        py.detach(|| self.index.forget(pod));
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.index.close());
+    }
+
+    /// What each source holds of a prompt.
+    fn r#match<'py>(
+        &self,
+        py: Python<'py>,
+        prompt: &Bound<'py, Prompt>,
+        pods: Option<Vec<String>>,
+        block_size: Option<u32>,
+        all: bool,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let prompt = prompt.get();
+        let pods: Option<HashSet<String>> = pods.map(|pods| pods.into_iter().collect());
+        let holdings = py.detach(|| {
+            prompt.with(|tokens, keys| {
+                self.index.holdings(&mut Asked { tokens, keys }, pods.as_ref(), block_size, all)
+            })
+        });
+        let mut runs = RunsMaker { make_run: self.make_run.bind(py), nowhere: PyTuple::empty(py), last: None };
+        let exact = PyString::intern(py, "");
+        let make_holding = self.make_holding.bind(py);
+        let list = PyList::empty(py);
+        for holding in holdings {
+            let found = holding.found;
+            let degraded = holding.tracked.degraded();
+            let degraded = degraded.map_or_else(|| exact.clone(), |reason| PyString::new(py, &reason));
+            let source = label_of(py, &holding.tracked);
+            let runs = runs.make(found.tokens, &found.runs)?;
+            list.append(make_holding.call1((source, found.tokens, found.reusable, runs, degraded))?)?;
+        }
+        Ok(list)
+    }
+
+    fn block_size(&self, py: Python<'_>, model: &str) -> Option<u32> {
+        py.detach(|| self.index.block_size(model))
+    }
+
+    fn sources<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let all = py.detach(|| self.index.sources());
+        let list = PyList::empty(py);
+        for status in all {
+            let tiers = PyDict::new(py);
+            for (tier, blocks) in &status.tiers {
+                tiers.set_item(tier, blocks)?;
+            }
+            let blocks: usize = status.tiers.iter().map(|(_, blocks)| blocks).sum();
+            list.append(self.make_status.bind(py).call1((
+                label_of(py, &status.tracked),
+                &*status.tracked.model,
+                status.incarnation,
+                blocks,
+                tiers,
+                status.block_sizes,
+                status.degraded.as_deref().unwrap_or(""),
+                status.degraded_since,
+                status.tracked.fleet_wide,
+            ))?)?;
+        }
+        Ok(list)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = PyDict::new(py);
+        for (name, value) in self.index.counters.all().into_iter().chain(py.detach(|| self.index.gauges())) {
+            stats.set_item(name, value)?;
+        }
+        Ok(stats)
+    }
+
+    /// Blocks that somebody holds, and sources that are followed.
+    fn counts(&self, py: Python<'_>) -> (usize, usize) {
+        py.detach(|| self.index.counts())
+    }
+}
+
+fn name_of(source: &Bound<'_, PyTuple>) -> PyResult<Name> {
+    let (pod, rank): (String, u64) = source.extract()?;
+    Ok((pod.into(), rank))
+}
+
+fn label_of(py: Python<'_>, tracked: &index::Tracked) -> Py<PyTuple> {
+    match tracked.label.downcast_ref::<Py<PyTuple>>() {
+        Some(label) => label.clone_ref(py),
+        None => unreachable!("`register` above gave every source its tuple"),
+    }
+}
+
+/// Makes tuples of runs; most sources of an answer share one.
+struct RunsMaker<'a, 'py> {
+    make_run: &'a Bound<'py, PyAny>,
+    nowhere: Bound<'py, PyTuple>,
+    last: Option<(u64, Arc<str>, Bound<'py, PyTuple>)>,
+}
+
+impl<'py> RunsMaker<'_, 'py> {
+    fn make(&mut self, tokens: u64, runs: &Runs) -> PyResult<Bound<'py, PyTuple>> {
+        match runs {
+            Runs::Nowhere => Ok(self.nowhere.clone()),
+            Runs::One(medium) => {
+                if let Some((known, on, made)) = &self.last
+                    && *known == tokens
+                    && on == medium
+                {
+                    return Ok(made.clone());
+                }
+                let made = self.tuple(&[Run { tokens, media: vec![medium.clone()] }])?;
+                self.last = Some((tokens, medium.clone(), made.clone()));
+                Ok(made)
+            }
+            Runs::Many(runs) => self.tuple(runs),
+        }
+    }
+
+    fn tuple(&self, runs: &[Run]) -> PyResult<Bound<'py, PyTuple>> {
+        let py = self.make_run.py();
+        let made = runs.iter().map(|run| {
+            let media = PyTuple::new(py, run.media.iter().map(|medium| &**medium))?;
+            self.make_run.call1((run.tokens, media))
+        });
+        PyTuple::new(py, made.collect::<PyResult<Vec<_>>>()?)
+    }
+}
