@@ -20,7 +20,7 @@ const SHARD_BITS: u32 = 6;
 const SHARDS: usize = 1 << SHARD_BITS;
 
 /// How many keys ahead of a change their rows are asked for.
-const AHEAD: usize = 8;
+const AHEAD: usize = 16;
 
 #[repr(align(64))]
 struct Shard {
@@ -68,7 +68,6 @@ pub struct Blocks {
     sets: Sets,
     /// Keys are multiplied by it, so that nobody who can choose tokens can choose which rows they crowd.
     secret: u64,
-    len: AtomicUsize,
     bytes: AtomicUsize,
 }
 
@@ -80,12 +79,12 @@ impl Blocks {
             .collect();
         let bytes = SHARDS * (size_of::<Shard>() + Table::<1>::new(0).bytes());
         let shards = shards.try_into().unwrap_or_else(|_| unreachable!("there are as many as were made"));
-        Self { shards, sets: Sets::default(), secret: secret | 1, len: AtomicUsize::new(0), bytes: AtomicUsize::new(bytes) }
+        Self { shards, sets: Sets::default(), secret: secret | 1, bytes: AtomicUsize::new(bytes) }
     }
 
     /// Blocks that somebody holds.
     pub fn len(&self) -> usize {
-        self.len.load(Ordering::Relaxed)
+        self.shards.iter().map(|shard| *shard.len.lock()).sum()
     }
 
     /// Bytes of memory.
@@ -157,7 +156,6 @@ impl Blocks {
                     };
                     if put {
                         *len += 1;
-                        self.len.fetch_add(1, Ordering::Relaxed);
                         return true;
                     }
                     self.replace(shard, table.with_more_spare(), guard);
@@ -195,7 +193,6 @@ impl Blocks {
         }
         shard.moving(|| table.remove(number));
         *len -= 1;
-        self.len.fetch_sub(1, Ordering::Relaxed);
         if is_sparse(*len, table.homes()) {
             self.replace(shard, table.resized(homes_for(*len)), guard);
         }

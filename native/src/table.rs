@@ -64,13 +64,18 @@ unsafe impl<const W: usize> Send for Table<W> {}
 // SAFETY: as above; shared access to atomics is what they are for.
 unsafe impl<const W: usize> Sync for Table<W> {}
 
+/// Rows beyond the homes, where keys are as uniform as they should be.
+fn usual_spare(homes: usize) -> usize {
+    (homes / 4).min(64)
+}
+
 /// From here on memory comes in pages, and large pages are asked for: a random look-up in small ones costs a page walk.
 const PAGED: usize = 1 << 21;
 
 impl<const W: usize> Table<W> {
     /// A table for keys spread over `homes` places.
     pub fn new(homes: usize) -> Self {
-        Self::with_spare(homes, (homes / 4).min(64))
+        Self::with_spare(homes, usual_spare(homes))
     }
 
     fn with_spare(homes: usize, spare: usize) -> Self {
@@ -120,7 +125,7 @@ impl<const W: usize> Table<W> {
         {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let row: *const Row<W> = &self.rows()[self.home(key)];
-            // SAFETY: a prefetch never faults, and the row exists.
+            // SAFETY: a prefetch never faults, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(row.cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -209,38 +214,41 @@ impl<const W: usize> Table<W> {
 
     /// A copy with another number of homes.
     pub fn resized(&self, homes: usize) -> Self {
-        let mut table = Self::new(homes);
-        while !self.copy_to(&table) {
+        let mut spare = usual_spare(homes);
+        loop {
+            if let Some(table) = self.copy(homes, spare) {
+                return table;
+            }
             // Keys that crowd at the end of the range need room there, which more homes would not give.
-            table = Self::with_spare(homes, 2 * table.spare + 8);
+            spare = 2 * spare + 8;
         }
-        table
     }
 
     /// A copy with room for rows that `insert` found none for.
     pub fn with_more_spare(&self) -> Self {
-        let table = Self::with_spare(self.homes, 2 * self.spare + 8);
-        assert!(self.copy_to(&table), "a larger table holds what a smaller one did");
-        table
+        self.copy(self.homes, 2 * self.spare + 8).expect("a larger table holds what a smaller one did")
     }
 
-    fn copy_to(&self, table: &Self) -> bool {
+    /// None where there is no room for the last rows.
+    fn copy(&self, homes: usize, spare: usize) -> Option<Self> {
+        let table = Self::with_spare(homes, spare);
         let rows = table.rows();
         let mut next = 0;
         for row in self.rows() {
-            let value = row.value();
-            if value == 0 {
-                continue;
-            }
-            let key = row.key();
+            let (key, value) = (row.key(), row.value());
+            // Gaps are copied too, where the next row may overwrite them: whether a row is a gap cannot be predicted,
+            // and a wrong guess costs more than a copy.
             let number = table.home(&key).max(next);
             if number + 1 >= rows.len() {
-                return false;
+                if value == 0 {
+                    continue;
+                }
+                return None;
             }
             rows[number].set(key, value);
-            next = number + 1;
+            next = if value == 0 { next } else { number + 1 };
         }
-        true
+        Some(table)
     }
 
     /// All keys and values, in the order of the keys.

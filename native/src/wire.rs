@@ -18,6 +18,7 @@ mod tokens;
 use std::fmt;
 
 use crate::events::{Batch, Event};
+use event::Draft;
 use reader::{Broken, Reader, Value};
 
 pub use event::{MAX_BLOCK_SIZE, MAX_GROUP, MAX_LORA, MAX_TEXT, MAX_WINDOW};
@@ -26,6 +27,9 @@ pub use reader::MAX_DEPTH;
 
 pub const MAX_EVENTS: usize = 65_536;
 pub const MAX_RANK: u32 = 65_535;
+
+/// How many events room is made for before any is read.
+const ROOM: usize = 64;
 
 /// Timestamps above this are milliseconds: as seconds it would be the year 5138.
 const MILLISECONDS: u64 = 100_000_000_000;
@@ -40,7 +44,10 @@ pub struct DecodeError {
 
 impl DecodeError {
     fn new(reason: &'static str, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into() }
+        Self {
+            reason,
+            detail: detail.into(),
+        }
     }
 }
 
@@ -59,7 +66,9 @@ pub fn decode_batch(payload: &[u8]) -> Result<Batch, DecodeError> {
         let at = payload.len() - reader.rest.len();
         DecodeError::new("bad_msgpack", format!("{} (byte {at})", broken.text()))
     })?;
-    parts.ok_or_else(|| DecodeError::new("bad_batch", "expected [ts, events, rank]"))?.into_batch()
+    parts
+        .ok_or_else(|| DecodeError::new("bad_batch", "expected [ts, events, rank]"))?
+        .into_batch()
 }
 
 /// A batch as it was sent.
@@ -70,7 +79,6 @@ struct Parts<'a> {
     rank: Value<'a>,
 }
 
-#[derive(Default)]
 struct Events {
     events: Vec<Event>,
     discards: Vec<(&'static str, u64)>,
@@ -81,17 +89,33 @@ struct TooMany(usize);
 impl Parts<'_> {
     fn into_batch(self) -> Result<Batch, DecodeError> {
         let (Some(ts), Some(events)) = (seconds(self.ts), self.events) else {
-            return Err(DecodeError::new("bad_batch", "expected a number and a list of events"));
+            return Err(DecodeError::new(
+                "bad_batch",
+                "expected a number and a list of events",
+            ));
         };
         let rank = match self.rank {
             Value::Nil => None,
             Value::Uint(rank) if rank <= u64::from(MAX_RANK) => u32::try_from(rank).ok(),
-            _ => return Err(DecodeError::new("bad_rank", format!("expected a rank from 0 to {MAX_RANK}"))),
+            _ => {
+                return Err(DecodeError::new(
+                    "bad_rank",
+                    format!("expected a rank from 0 to {MAX_RANK}"),
+                ));
+            }
         };
         let Events { events, discards } = events.map_err(|TooMany(count)| {
-            DecodeError::new("too_many_events", format!("{count} events, at most {MAX_EVENTS} are read"))
+            DecodeError::new(
+                "too_many_events",
+                format!("{count} events, at most {MAX_EVENTS} are read"),
+            )
         })?;
-        Ok(Batch { ts, rank, events, discards })
+        Ok(Batch {
+            ts,
+            rank,
+            events,
+            discards,
+        })
     }
 }
 
@@ -102,7 +126,11 @@ fn read_parts<'a>(reader: &mut Reader<'a>) -> Result<Option<Parts<'a>>, Broken> 
         Value::Array(len) if len >= 2 => {
             let ts = read_value(reader)?;
             let events = read_events(reader)?;
-            let rank = if len > 2 { read_value(reader)? } else { Value::Nil };
+            let rank = if len > 2 {
+                read_value(reader)?
+            } else {
+                Value::Nil
+            };
             reader.skip_many(len.saturating_sub(3))?;
             Some(Parts { ts, events, rank })
         }
@@ -147,16 +175,25 @@ fn read_value<'a>(reader: &mut Reader<'a>) -> Result<Value<'a>, Broken> {
     Ok(value)
 }
 
-fn read_events(reader: &mut Reader) -> Result<Option<Result<Events, TooMany>>, Broken> {
+fn read_events<'a>(reader: &mut Reader<'a>) -> Result<Option<Result<Events, TooMany>>, Broken> {
     let value = reader.value()?;
     let count = match value {
         Value::Array(count) if count <= MAX_EVENTS => count,
-        Value::Array(count) => return reader.skip_inside(value).map(|()| Some(Err(TooMany(count)))),
+        Value::Array(count) => {
+            return reader
+                .skip_inside(value)
+                .map(|()| Some(Err(TooMany(count))));
+        }
         _ => return reader.skip_inside(value).map(|()| None),
     };
-    let mut read = Events::default();
+    let mut read = Events {
+        events: Vec::with_capacity(count.min(ROOM)),
+        discards: Vec::new(),
+    };
+    let mut draft = Draft::new();
     for _ in 0..count {
-        match event::read(reader)? {
+        draft.read(reader)?;
+        match draft.finish() {
             Ok(event) => read.events.push(event),
             Err(reason) => match read.discards.iter_mut().find(|(known, _)| *known == reason) {
                 Some((_, count)) => *count += 1,

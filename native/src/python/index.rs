@@ -94,13 +94,13 @@ impl Index {
         prompt: &Bound<'py, Prompt>,
         pods: Option<Vec<String>>,
         block_size: Option<u32>,
-        all: bool,
+        everyone: bool,
     ) -> PyResult<Bound<'py, PyList>> {
         let prompt = prompt.get();
         let pods: Option<HashSet<String>> = pods.map(|pods| pods.into_iter().collect());
         let holdings = py.detach(|| {
             prompt.with(|tokens, keys| {
-                self.index.holdings(&mut Asked { tokens, keys }, pods.as_ref(), block_size, all)
+                self.index.holdings(&mut Asked { tokens, keys }, pods.as_ref(), block_size, everyone)
             })
         });
         let mut runs = RunsMaker { make_run: self.make_run.bind(py), nowhere: PyTuple::empty(py), last: None };

@@ -110,11 +110,17 @@ pub enum ExtraKeys<'a> {
     /// A list of any length of which no item says anything.
     Blank,
     /// Well-formed items, one after the other.
-    Items { count: usize, items: Reader<'a> },
+    Items {
+        count: usize,
+        items: Reader<'a>,
+    },
 }
 
 pub struct Fields<'a> {
+    /// Only those in `seen` are of this event.
     scalars: [Scalar<'a>; SCALARS],
+    /// A bit for each scalar.
+    seen: u16,
     pub block_hashes: List<EngineHash>,
     pub seq_hashes: List<EngineHash>,
     pub token_ids: List<u32>,
@@ -125,6 +131,7 @@ impl<'a> Fields<'a> {
     pub const fn new() -> Self {
         Self {
             scalars: [Scalar::Absent; SCALARS],
+            seen: 0,
             block_hashes: List::Nil,
             seq_hashes: List::Nil,
             token_ids: List::Nil,
@@ -132,8 +139,20 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Makes room for the next event.
+    pub fn clear(&mut self) {
+        self.seen = 0;
+        self.block_hashes = List::Nil;
+        self.seq_hashes = List::Nil;
+        self.token_ids = List::Nil;
+        self.extra_keys = ExtraKeys::Nil;
+    }
+
     pub fn get(&self, field: Field) -> Scalar<'a> {
-        self.scalars.get(field as usize).copied().unwrap_or(Scalar::Absent)
+        match self.scalars.get(field as usize) {
+            Some(scalar) if self.seen & 1 << field as u16 != 0 => *scalar,
+            _ => Scalar::Absent,
+        }
     }
 
     /// Reads the value of a field. The last value counts.
@@ -147,6 +166,7 @@ impl<'a> Fields<'a> {
                 let value = read_scalar(reader)?;
                 if let Some(scalar) = self.scalars.get_mut(field as usize) {
                     *scalar = value;
+                    self.seen |= 1 << field as u16;
                 }
             }
         }
@@ -189,7 +209,11 @@ fn read_hashes(reader: &mut Reader) -> Result<List<EngineHash>, Broken> {
     let count = match value {
         Value::Nil => return Ok(List::Nil),
         Value::Array(count) if count <= MAX_HASHES => count,
-        Value::Array(_) => return reader.skip_inside(value).map(|()| List::Bad("too_many_hashes")),
+        Value::Array(_) => {
+            return reader
+                .skip_inside(value)
+                .map(|()| List::Bad("too_many_hashes"));
+        }
         _ => return reader.skip_inside(value).map(|()| List::Bad("bad_hashes")),
     };
     let mut hashes = Vec::with_capacity(count);
@@ -223,7 +247,11 @@ fn read_tokens(reader: &mut Reader) -> Result<List<u32>, Broken> {
     let count = match value {
         Value::Nil => return Ok(List::Nil),
         Value::Array(count) if count <= MAX_TOKENS => count,
-        Value::Array(_) => return reader.skip_inside(value).map(|()| List::Bad("too_many_tokens")),
+        Value::Array(_) => {
+            return reader
+                .skip_inside(value)
+                .map(|()| List::Bad("too_many_tokens"));
+        }
         _ => return reader.skip_inside(value).map(|()| List::Bad("bad_tokens")),
     };
     // EAGLE pages are over pairs [token, next token] (SGLang)
@@ -253,7 +281,11 @@ fn read_extra_keys<'a>(reader: &mut Reader<'a>) -> Result<ExtraKeys<'a>, Broken>
         blank = blank && !is_true(value);
         reader.skip_inside(value)?;
     }
-    Ok(if blank { ExtraKeys::Blank } else { ExtraKeys::Items { count, items } })
+    Ok(if blank {
+        ExtraKeys::Blank
+    } else {
+        ExtraKeys::Items { count, items }
+    })
 }
 
 /// As Python has it.

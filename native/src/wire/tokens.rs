@@ -4,6 +4,8 @@
 //! known before the next is found. So the widths are worked out ahead, for every byte of a window as if an id began
 //! there, many bytes at a time; following them is then one load and one addition for every two ids.
 
+use std::cell::RefCell;
+
 use super::reader::{Broken, Reader, Value};
 
 /// Bytes of a list that are looked at together.
@@ -26,22 +28,24 @@ const SHORT: usize = 6;
 /// By width: the part of an id's last four bytes that is its value.
 const MASKS: [u32; 8] = [0, 0xff, 0xff, 0xffff, 0, u32::MAX, 0, 0];
 
+thread_local! {
+    // kept, because filling it with zeros would take longer than reading a short list
+    static SHARED: RefCell<Window> = const { RefCell::new(Window::new()) };
+}
+
 /// Reads the next `count` values. None if one of them is no id.
 pub fn read(reader: &mut Reader, count: usize) -> Result<Option<Vec<u32>>, Broken> {
     let mut ids = vec![0; count];
     let mut left = ids.as_mut_slice();
-    if count >= SHORT {
-        let mut window = Window::new();
-        while left.len() >= SHORT {
-            let mut done = window.read(reader, left);
-            if done == 0 {
-                done = SLOWLY.min(left.len());
-                if !read_slowly(reader, left, done)? {
-                    return Ok(None);
-                }
+    while left.len() >= SHORT {
+        let mut done = SHARED.with_borrow_mut(|window| window.read(reader, left));
+        if done == 0 {
+            done = SLOWLY.min(left.len());
+            if !read_slowly(reader, left, done)? {
+                return Ok(None);
             }
-            left = left.get_mut(done..).unwrap_or_default();
         }
+        left = left.get_mut(done..).unwrap_or_default();
     }
     let done = left.len();
     Ok(read_slowly(reader, left, done)?.then_some(ids))
@@ -102,7 +106,11 @@ struct Window {
 
 impl Window {
     const fn new() -> Self {
-        Self { raw: [0; BEFORE + WINDOW + ROOM], widths: [0; WINDOW + LANES], steps: [0; WINDOW] }
+        Self {
+            raw: [0; BEFORE + WINDOW + ROOM],
+            widths: [0; WINDOW + LANES],
+            steps: [0; WINDOW],
+        }
     }
 
     /// Reads as many ids as begin in the window, two at a time. None are read if something else is among them.
@@ -172,8 +180,11 @@ fn widths_of(tags: &[u8; LANES]) -> [u8; LANES] {
 /// Each width and the width that is found behind it.
 #[inline(always)]
 fn steps_of(widths: &[u8; 2 * LANES]) -> [u8; LANES] {
-    let own = lanes::<LANES>(widths, 0);
-    let [one, two, three, five] = [1, 2, 3, 5].map(|width| lanes::<LANES>(widths, width));
+    let own: &[u8; LANES] = lanes(widths, 0);
+    let one: &[u8; LANES] = lanes(widths, 1);
+    let two: &[u8; LANES] = lanes(widths, 2);
+    let three: &[u8; LANES] = lanes(widths, 3);
+    let five: &[u8; LANES] = lanes(widths, 5);
     let mut steps = [0; LANES];
     for i in 0..LANES {
         let behind = (one[i] & mask(own[i] == 1))
