@@ -2,14 +2,18 @@
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
 
 import msgspec
 
-from indexer import Holding, ImageItem, Index, InvalidQuestion, Prompt, TokenIds, tier_of
+from indexer import ImageItem, Index, InvalidQuestion, Prompt, Run, TokenIds, tier_of
 from scorer.errors import InvalidRequest
 
 TIER_WEIGHTS: Mapping[str, float] = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5, "shared": 0.3}
 """What a block is worth by where it lies, where the caller does not say."""
+
+Asked: TypeAlias = "TokenIds | Prompt"
+"""What a question is about: token ids, or a prompt that the caller keeps."""
 
 
 class PodMatch(msgspec.Struct, frozen=True, gc=False):
@@ -63,9 +67,9 @@ class PrefixScorer:
 
     def match(
         self,
-        token_ids: TokenIds,
+        token_ids: Asked,
         *,
-        model: str,
+        model: str | None = None,
         pods: Collection[str] | None = None,
         lora_name: str | int | None = None,
         cache_salt: str | None = None,
@@ -76,19 +80,33 @@ class PrefixScorer:
         Pods that hold nothing are in the answer with score 0. A pod whose state is not known says so in `trust`; pods
         asked for by name that nobody follows are left out. `mm_items` are (identifier, first token, number of tokens).
 
-        Raises `InvalidRequest` for values that are no token ids or items.
+        Who asks again and again about a growing conversation gives a `Prompt` that he keeps and extends, in the place
+        of `token_ids` and all that describes them: its start is hashed once.
+
+        Raises `InvalidRequest` for values that are no token ids or items, and for tokens without a model.
         """
-        held = self._ask(token_ids, model, pods, lora_name, cache_salt, mm_items)
-        size = self.block_size(model)
-        matches = [self._judge(holding, size) for holding in held]
-        matches.sort(key=lambda match: (-match.score, match.pod, match.rank))
+        prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
+        held = self._index.match(prompt, pods=_names_of(pods), block_size=self._block_size)
+        size = self.block_size(prompt.model)
+        judge = _Judge(self._weights, size)
+        matches = []
+        for holding in held:
+            (pod, rank), degraded, tokens = holding.source, holding.degraded, holding.tokens
+            score, tiers = judge.judge(holding.runs)
+            trust = "degraded" if degraded else "exact"
+            matches.append(
+                PodMatch(
+                    pod, rank, tokens // size, tokens, holding.reusable_tokens, score, tiers.copy(), trust, degraded
+                )
+            )
+        matches.sort(key=_by_score)
         return matches
 
     def score(
         self,
-        token_ids: TokenIds,
+        token_ids: Asked,
         *,
-        model: str,
+        model: str | None = None,
         pods: Collection[str] | None = None,
         lora_name: str | int | None = None,
         cache_salt: str | None = None,
@@ -96,17 +114,29 @@ class PrefixScorer:
     ) -> dict[str, float]:
         """Give the score of each pod that holds at least the first block, that of its best rank, highest first.
 
-        Raises `InvalidRequest` as `match` does.
+        Takes what `match` takes and raises `InvalidRequest` as it does.
         """
-        return scores_of(
-            self.match(token_ids, model=model, pods=pods, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
-        )
+        prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
+        held = self._index.match(prompt, pods=_names_of(pods), block_size=self._block_size, holders_only=True)
+        judge = _Judge(self._weights, self.block_size(prompt.model))
+        best: dict[str, float] = {}
+        runs, score = None, 0.0
+        for holding in held:
+            if holding.runs is not runs:
+                runs = holding.runs
+                score, _ = judge.judge(runs)
+            pod = holding.source[0]
+            if score > best.get(pod, -1.0):
+                best[pod] = score
+        order = [(-score, pod) for pod, score in best.items()]
+        order.sort()
+        return {pod: -score for score, pod in order}
 
     async def amatch(
         self,
-        token_ids: TokenIds,
+        token_ids: Asked,
         *,
-        model: str,
+        model: str | None = None,
         pods: Collection[str] | None = None,
         lora_name: str | int | None = None,
         cache_salt: str | None = None,
@@ -125,60 +155,84 @@ class PrefixScorer:
 
     async def ascore(
         self,
-        token_ids: TokenIds,
+        token_ids: Asked,
         *,
-        model: str,
+        model: str | None = None,
         pods: Collection[str] | None = None,
         lora_name: str | int | None = None,
         cache_salt: str | None = None,
         mm_items: Sequence[ImageItem] = (),
     ) -> dict[str, float]:
         """Do what `score` does, without blocking the event loop."""
-        matches = await self.amatch(
-            token_ids, model=model, pods=pods, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items
+        return await asyncio.to_thread(
+            self.score,
+            token_ids,
+            model=model,
+            pods=pods,
+            lora_name=lora_name,
+            cache_salt=cache_salt,
+            mm_items=mm_items,
         )
-        return scores_of(matches)
 
-    def _ask(
-        self,
-        token_ids: TokenIds,
-        model: str,
-        pods: Collection[str] | None,
-        lora_name: str | int | None,
-        cache_salt: str | None,
-        mm_items: Sequence[ImageItem],
-    ) -> list[Holding]:
-        if isinstance(pods, str):
-            raise InvalidRequest(f"pods: expected a list of names, got the text {pods!r}")
-        try:
-            prompt = Prompt(token_ids, model, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
-        except InvalidQuestion as error:
-            raise InvalidRequest(str(error)) from error
-        return self._index.match(prompt, pods=pods, block_size=self._block_size)
 
-    def _judge(self, holding: Holding, size: int) -> PodMatch:
+class _Judge:
+    """Says what runs of blocks are worth. The sources of one answer mostly share theirs, so each is judged once."""
+
+    __slots__ = ("_known", "_size", "_weights")
+
+    def __init__(self, weights: Mapping[str, float], size: int) -> None:
+        self._weights = weights
+        self._size = size
+        self._known: dict[int, tuple[float, dict[str, int]]] = {}
+
+    def judge(self, runs: tuple[Run, ...]) -> tuple[float, dict[str, int]]:
+        """Give the score of some runs and their blocks by best tier. The runs must stay alive as long as the judge."""
+        known = self._known.get(id(runs))
+        if known is not None:
+            return known
         tokens_by_tier: dict[str, int] = {}
         worth = 0.0
-        for run in holding.runs:
-            medium = max(run.media, key=self._weight)
-            worth += run.tokens * self._weight(medium)
+        for tokens, media in runs:
+            medium = media[0] if len(media) == 1 else max(media, key=self._weight)
+            worth += tokens * self._weight(medium)
             tier = tier_of(medium)
-            tokens_by_tier[tier] = tokens_by_tier.get(tier, 0) + run.tokens
-        return PodMatch(
-            pod=holding.source.pod,
-            rank=holding.source.rank,
-            blocks=holding.tokens // size,
-            tokens=holding.tokens,
-            reusable_tokens=holding.reusable_tokens,
-            score=worth / size,
-            tiers={tier: tokens // size for tier, tokens in tokens_by_tier.items()},
-            trust="degraded" if holding.degraded else "exact",
-            reason=holding.degraded,
-        )
+            tokens_by_tier[tier] = tokens_by_tier.get(tier, 0) + tokens
+        size = self._size
+        judged = self._known[id(runs)] = worth / size, {tier: n // size for tier, n in tokens_by_tier.items()}
+        return judged
 
     def _weight(self, medium: str) -> float:
         weight = self._weights.get(medium)
         return self._weights[tier_of(medium)] if weight is None else weight
+
+
+def _by_score(match: PodMatch) -> tuple[float, str, int]:
+    return -match.score, match.pod, match.rank
+
+
+def _prompt_of(
+    token_ids: Asked,
+    model: str | None,
+    lora_name: str | int | None,
+    cache_salt: str | None,
+    mm_items: Sequence[ImageItem],
+) -> Prompt:
+    if isinstance(token_ids, Prompt):
+        if model not in (None, token_ids.model) or lora_name is not None or cache_salt is not None or mm_items:
+            raise InvalidRequest("prompt: says its model, adapter, salt and items itself; give them to Prompt(...)")
+        return token_ids
+    if model is None:
+        raise InvalidRequest("model: expected its name, got None")
+    try:
+        return Prompt(token_ids, model, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
+    except InvalidQuestion as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _names_of(pods: Collection[str] | None) -> Collection[str] | None:
+    if isinstance(pods, str):
+        raise InvalidRequest(f"pods: expected a list of names, got the text {pods!r}")
+    return pods
 
 
 def scores_of(matches: Sequence[PodMatch]) -> dict[str, float]:
