@@ -7,45 +7,18 @@ Prints medians of several rounds with the lowest and highest, for payload bytes 
 import argparse
 import gc
 import platform
-import random
 import statistics
 import time
 import tracemalloc
 from array import array
 from collections.abc import Callable
 
-import msgspec
+from workload import BLOCK, MODEL, payloads
 
 from indexer import Prompt, Source, open_index
 from kvevents import decode_batch
 
-BLOCK, STORE, PODS, MODEL = 16, 32, 64, "bench/model"
-
-
-def payloads(blocks: int, seed: int) -> list[bytes]:
-    rng = random.Random(seed)
-    made = []
-    parent = None
-    for number in range(blocks // STORE):
-        if number % 64 == 0:
-            parent = None
-        hashes = [rng.getrandbits(64) for _ in range(STORE)]
-        event = {
-            "type": "BlockStored",
-            "block_hashes": hashes,
-            "parent_block_hash": parent,
-            "token_ids": [rng.randrange(150_000) for _ in range(STORE * BLOCK)],
-            "block_size": BLOCK,
-            "lora_id": None,
-            "medium": "GPU",
-            "lora_name": None,
-            "extra_keys": [None] * STORE,
-            "group_idx": 0,
-            "kv_cache_spec_kind": "full_attention",
-        }
-        made.append(msgspec.msgpack.encode([1.0, [event], 0]))
-        parent = hashes[-1]
-    return made
+PODS = 64
 
 
 def report(name: str, unit: str, values: list[float]) -> None:
