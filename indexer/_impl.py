@@ -18,7 +18,7 @@ REMEDY = "install a wheel for this platform, or a Rust toolchain and then this p
 missing = ""
 """Why the compiled core cannot be loaded, "" when it can."""
 try:
-    from indexer import _native  # noqa: F401
+    from indexer import _native
 except ImportError as error:
     missing = str(error)
     if _asked == "native":

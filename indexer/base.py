@@ -101,8 +101,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     silent_tier_ttl_s: float = 3_600.0
     """How long a block stays on a tier other than ``gpu`` whose removals the engine has never announced."""
     max_bytes: int | None = None
-    """Memory of an index in this process, about. Over it the largest source's least useful tier is forgotten, as often as
-    it takes; such sources are degraded. None: no bound."""
+    """Memory of an index in this process, about. Over it the largest source's least useful tier is forgotten, as often
+    as it takes; such sources are degraded. None: no bound."""
 
 
 class Decoded(Protocol):
@@ -140,9 +140,9 @@ Decoder: TypeAlias = Callable[[Sequence[bytes | memoryview]], Sequence[Decoded |
 class Index(Protocol):
     """Which source holds which blocks.
 
-    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `expire` and `forget`; one caller at a time per
-    source, any number for different sources. Every other method may be called from any thread at any time; answers
-    are snapshots in which the holders of each block are whole.
+    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `expire` and `forget`; one caller
+    at a time per source, any number for different sources. Every other method may be called from any thread at any
+    time; answers are snapshots in which the holders of each block are whole.
     """
 
     def register(

@@ -57,9 +57,9 @@ whose parent is unknown, but say nothing about lost events."""
 class Ledger:
     """See the module. One writer at a time.
 
-    `new_slot` is called with each slot before its first use and says whether there may be one more. `on_groups` is called
-    when the source announces a cache group for the first time. `elsewhere` looks a hash up in other sources, for caches that
-    the whole fleet shares.
+    `new_slot` is called with each slot before its first use and says whether there may be one more. `on_groups` is
+    called when the source announces a cache group for the first time. `elsewhere` looks a hash up in other sources, for
+    caches that the whole fleet shares.
     """
 
     def __init__(

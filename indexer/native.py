@@ -1,7 +1,7 @@
 """The index in this process, in Rust: the same answers and counters as `indexer.memory`, at the speed of memory.
 
-What it does and how it is locked stands in `native/README.md`. Events and questions are worked on without the interpreter
-lock, so workers and scorers really run beside each other.
+What it does and how it is locked stands in `native/README.md`. Events and questions are worked on without the
+interpreter lock, so workers and scorers really run beside each other.
 """
 
 from collections.abc import Collection, Sequence

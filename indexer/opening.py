@@ -20,7 +20,7 @@ def open_index(url: str = "memory://", *, limits: Limits | None = None) -> Index
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme != "memory" or parts.netloc or parts.path:
-        raise InvalidQuestion(f"index URL {url!r}: expected 'memory://', with '?impl=native' or '?impl=python' if you like")
+        raise InvalidQuestion(f"index URL {url!r}: expected memory://, memory://?impl=native or memory://?impl=python")
     asked = options.pop("impl", "")
     if asked not in ("", "native", "python") or options:
         raise InvalidQuestion(f"index URL {url!r}: the only option is impl, native or python")

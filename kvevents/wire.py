@@ -113,9 +113,7 @@ def decode_batch(payload: bytes | bytearray | memoryview) -> Batch:
     return Batch(ts / 1000 if ts > 1e11 else float(ts), rank, events, discards)
 
 
-def decode_batches(
-    payloads: Sequence[bytes | memoryview], index: Index | None = None
-) -> list[Decoded | DecodeError]:
+def decode_batches(payloads: Sequence[bytes | memoryview], index: Index | None = None) -> list[Decoded | DecodeError]:
     """Decode many payload frames at once, in the form that `index` applies fastest.
 
     Gives a `DecodeError` in the place of each that is no batch at all. Without an index, and for one that is written in
