@@ -96,7 +96,7 @@ impl Blocks {
     #[inline]
     fn shard(&self, key: u64) -> (&Shard, u64) {
         let mixed = key.wrapping_mul(self.secret);
-        (&self.shards[(mixed >> (64 - SHARD_BITS)) as usize], mixed << SHARD_BITS | mixed >> (64 - SHARD_BITS))
+        (&self.shards[(mixed >> (64 - SHARD_BITS)) as usize], mixed.rotate_left(SHARD_BITS))
     }
 
     /// Asks for the row of a key ahead of `holders`.
@@ -257,7 +257,8 @@ mod tests {
             for writer in 0..3u32 {
                 let (blocks, lasting) = (&blocks, &lasting);
                 writers.push(scope.spawn(move || {
-                    let own: Vec<u64> = (0..3000).map(|number| key(1000 + number % 2000 + u64::from(writer) * 500)).collect();
+                    let own: Vec<u64> =
+                        (0..3000).map(|number| key(1000 + number % 2000 + u64::from(writer) * 500)).collect();
                     for _ in 0..30 {
                         for keys in own.chunks(100) {
                             blocks.hold(10 + writer, keys, &pin(), |_| ());

@@ -69,9 +69,10 @@ pub fn slots_of(word: u64, _guard: &Guard) -> Slots<'_> {
 }
 
 fn inline_word(slots: &[SlotId]) -> u64 {
-    slots.iter().enumerate().fold(slots.len() as u64, |word, (place, slot)| {
-        word | u64::from(*slot) << (2 + BITS as usize * place)
-    })
+    slots
+        .iter()
+        .enumerate()
+        .fold(slots.len() as u64, |word, (place, slot)| word | u64::from(*slot) << (2 + BITS as usize * place))
 }
 
 /// The last change of a word, which the next block of a chain mostly repeats.
@@ -151,7 +152,9 @@ impl Sets {
         }
         // SAFETY: see `slots_of`: words come from the table of blocks or from a memo, both read under the same guard.
         let set = unsafe { &*(word as *const Set) };
-        set.blocks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |blocks| (blocks > 0).then_some(blocks + 1)).is_ok()
+        set.blocks
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |blocks| (blocks > 0).then_some(blocks + 1))
+            .is_ok()
     }
 
     fn shared(&self, slots: &[SlotId]) -> u64 {

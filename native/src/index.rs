@@ -456,7 +456,13 @@ impl Index {
     }
 
     /// Says what each source of a model holds of a prompt, those that hold nothing included where `all` says so.
-    pub fn holdings(&self, asked: &mut Asked, pods: Option<&std::collections::HashSet<String>>, size: Option<u32>, all: bool) -> Vec<Holding> {
+    pub fn holdings(
+        &self,
+        asked: &mut Asked,
+        pods: Option<&std::collections::HashSet<String>>,
+        size: Option<u32>,
+        all: bool,
+    ) -> Vec<Holding> {
         loop {
             let reused = self.slots.given_back();
             let Some(view) = self.view(&asked.keys.model) else { return Vec::new() };
@@ -506,10 +512,8 @@ impl Index {
         let mut copies: Vec<Copy> = Vec::new();
         for tracked in mine {
             let ledger = tracked.ledger.lock();
-            copies.push(Copy {
-                slots: ledger.slots.iter().map(SlotView::from).collect(),
-                groups: ledger.groups.clone(),
-            });
+            copies
+                .push(Copy { slots: ledger.slots.iter().map(SlotView::from).collect(), groups: ledger.groups.clone() });
         }
         let sizes = self.common_sizes(copies.iter().flat_map(|copy| &copy.slots));
         let block_size = usual_size(copies.iter().map(|copy| (&copy.slots[..], &copy.groups[..])));
@@ -544,7 +548,7 @@ impl Index {
     pub fn sources(&self) -> Vec<Status> {
         let mut all = self.all();
         all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        all.into_iter().map(|tracked| Self::status(tracked)).collect()
+        all.into_iter().map(Self::status).collect()
     }
 
     fn status(tracked: Arc<Tracked>) -> Status {

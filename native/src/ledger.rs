@@ -578,10 +578,8 @@ impl Ledger {
 
     /// The slot for these blocks, made where there is none; None where there are too many.
     fn slot(&mut self, medium: &Arc<str>, group: Option<u32>, size: u32, at: &Here) -> Option<usize> {
-        let known = self
-            .slots
-            .iter()
-            .position(|slot| slot.block_size == size && slot.group == group && slot.medium == *medium);
+        let known =
+            self.slots.iter().position(|slot| slot.block_size == size && slot.group == group && slot.medium == *medium);
         if known.is_some() {
             return known;
         }

@@ -7,12 +7,12 @@ pub mod holders;
 pub mod index;
 pub mod keys;
 pub mod ledger;
-pub mod msgpack;
 pub mod matching;
+pub mod msgpack;
 pub mod prompt;
+#[cfg(feature = "python")]
+mod python;
 pub mod slots;
 pub mod table;
 pub mod waiting;
 pub mod wire;
-#[cfg(feature = "python")]
-mod python;

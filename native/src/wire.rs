@@ -44,10 +44,7 @@ pub struct DecodeError {
 
 impl DecodeError {
     fn new(reason: &'static str, detail: impl Into<String>) -> Self {
-        Self {
-            reason,
-            detail: detail.into(),
-        }
+        Self { reason, detail: detail.into() }
     }
 }
 
@@ -66,9 +63,7 @@ pub fn decode_batch(payload: &[u8]) -> Result<Batch, DecodeError> {
         let at = payload.len() - reader.rest.len();
         DecodeError::new("bad_msgpack", format!("{} (byte {at})", broken.text()))
     })?;
-    parts
-        .ok_or_else(|| DecodeError::new("bad_batch", "expected [ts, events, rank]"))?
-        .into_batch()
+    parts.ok_or_else(|| DecodeError::new("bad_batch", "expected [ts, events, rank]"))?.into_batch()
 }
 
 /// A batch as it was sent.
@@ -89,33 +84,19 @@ struct TooMany(usize);
 impl Parts<'_> {
     fn into_batch(self) -> Result<Batch, DecodeError> {
         let (Some(ts), Some(events)) = (seconds(self.ts), self.events) else {
-            return Err(DecodeError::new(
-                "bad_batch",
-                "expected a number and a list of events",
-            ));
+            return Err(DecodeError::new("bad_batch", "expected a number and a list of events"));
         };
         let rank = match self.rank {
             Value::Nil => None,
             Value::Uint(rank) if rank <= u64::from(MAX_RANK) => u32::try_from(rank).ok(),
             _ => {
-                return Err(DecodeError::new(
-                    "bad_rank",
-                    format!("expected a rank from 0 to {MAX_RANK}"),
-                ));
+                return Err(DecodeError::new("bad_rank", format!("expected a rank from 0 to {MAX_RANK}")));
             }
         };
         let Events { events, discards } = events.map_err(|TooMany(count)| {
-            DecodeError::new(
-                "too_many_events",
-                format!("{count} events, at most {MAX_EVENTS} are read"),
-            )
+            DecodeError::new("too_many_events", format!("{count} events, at most {MAX_EVENTS} are read"))
         })?;
-        Ok(Batch {
-            ts,
-            rank,
-            events,
-            discards,
-        })
+        Ok(Batch { ts, rank, events, discards })
     }
 }
 
@@ -126,11 +107,7 @@ fn read_parts<'a>(reader: &mut Reader<'a>) -> Result<Option<Parts<'a>>, Broken> 
         Value::Array(len) if len >= 2 => {
             let ts = read_value(reader)?;
             let events = read_events(reader)?;
-            let rank = if len > 2 {
-                read_value(reader)?
-            } else {
-                Value::Nil
-            };
+            let rank = if len > 2 { read_value(reader)? } else { Value::Nil };
             reader.skip_many(len.saturating_sub(3))?;
             Some(Parts { ts, events, rank })
         }
@@ -180,16 +157,11 @@ fn read_events<'a>(reader: &mut Reader<'a>) -> Result<Option<Result<Events, TooM
     let count = match value {
         Value::Array(count) if count <= MAX_EVENTS => count,
         Value::Array(count) => {
-            return reader
-                .skip_inside(value)
-                .map(|()| Some(Err(TooMany(count))));
+            return reader.skip_inside(value).map(|()| Some(Err(TooMany(count))));
         }
         _ => return reader.skip_inside(value).map(|()| None),
     };
-    let mut read = Events {
-        events: Vec::with_capacity(count.min(ROOM)),
-        discards: Vec::new(),
-    };
+    let mut read = Events { events: Vec::with_capacity(count.min(ROOM)), discards: Vec::new() };
     let mut draft = Draft::new();
     for _ in 0..count {
         draft.read(reader)?;

@@ -47,7 +47,9 @@ impl Tokens {
             return Ok(Self::Shared(PyBuffer::get(&words)?));
         }
         let words = bytes.to_vec(py)?;
-        Ok(Self::Own(words.chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]])).collect()))
+        Ok(Self::Own(
+            words.chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]])).collect(),
+        ))
     }
 
     fn as_slice(&self) -> &[u32] {

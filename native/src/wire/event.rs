@@ -41,11 +41,7 @@ pub struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     pub const fn new() -> Self {
-        Self {
-            kind: Err("bad_event"),
-            fields: Fields::new(),
-            pairs: true,
-        }
+        Self { kind: Err("bad_event"), fields: Fields::new(), pairs: true }
     }
 
     /// Reads one event. `Broken` means that the batch is: bytes that hold a broken event cost that event alone.
@@ -53,9 +49,7 @@ impl<'a> Draft<'a> {
         match reader.value()? {
             Value::Bytes(packed) => {
                 let mut packed = Reader::new(packed);
-                let read = packed
-                    .value()
-                    .and_then(|value| self.read_open(value, &mut packed));
+                let read = packed.value().and_then(|value| self.read_open(value, &mut packed));
                 if read.and_then(|()| packed.finish()).is_err() {
                     self.kind = Err("bad_msgpack");
                 }
@@ -100,19 +94,14 @@ impl<'a> Draft<'a> {
     fn read_map(&mut self, len: usize, reader: &mut Reader<'a>) -> Result<Outcome<Kind>, Broken> {
         self.fields.read_map(len, reader)?;
         self.pairs = true;
-        Ok(
-            match (
-                self.fields.get(Field::Type),
-                self.fields.get(Field::EventType),
-            ) {
-                (Scalar::Text(tag), _) => kind_of(tag),
-                (Scalar::Absent | Scalar::Nil, Scalar::Text("stored")) => Ok(Kind::Stored),
-                (Scalar::Absent | Scalar::Nil, Scalar::Text("removed")) => Ok(Kind::Removed),
-                (Scalar::Absent | Scalar::Nil, Scalar::Text("cleared")) => Ok(Kind::Cleared),
-                (Scalar::Absent | Scalar::Nil, Scalar::Text(_)) => Err("unknown_event"),
-                _ => Err("bad_event"),
-            },
-        )
+        Ok(match (self.fields.get(Field::Type), self.fields.get(Field::EventType)) {
+            (Scalar::Text(tag), _) => kind_of(tag),
+            (Scalar::Absent | Scalar::Nil, Scalar::Text("stored")) => Ok(Kind::Stored),
+            (Scalar::Absent | Scalar::Nil, Scalar::Text("removed")) => Ok(Kind::Removed),
+            (Scalar::Absent | Scalar::Nil, Scalar::Text("cleared")) => Ok(Kind::Cleared),
+            (Scalar::Absent | Scalar::Nil, Scalar::Text(_)) => Err("unknown_event"),
+            _ => Err("bad_event"),
+        })
     }
 
     /// The event that was read last, which is used up.
@@ -141,12 +130,7 @@ impl<'a> Draft<'a> {
             List::Bad(reason) => return Err(reason),
             List::Read(tokens) => tokens,
         };
-        let block_size = number(
-            fields.get(Field::BlockSize),
-            MAX_BLOCK_SIZE,
-            "bad_block_size",
-        )?
-        .unwrap_or(0);
+        let block_size = number(fields.get(Field::BlockSize), MAX_BLOCK_SIZE, "bad_block_size")?.unwrap_or(0);
         enough_tokens(block_hashes.len(), token_ids.len(), block_size as usize)?;
         let parent = match fields.get(Field::ParentBlockHash) {
             Scalar::Absent => fields.get(Field::ParentHash),
@@ -161,19 +145,10 @@ impl<'a> Draft<'a> {
         let extras = if token_ids.is_empty() {
             Extras::default()
         } else {
-            let context = Context {
-                blocks: block_hashes.len(),
-                lora: lora_name,
-                root,
-                pairs: self.pairs,
-            };
+            let context = Context { blocks: block_hashes.len(), lora: lora_name, root, pairs: self.pairs };
             extras::read(fields.extra_keys, &context)?
         };
-        let parent = if root {
-            None
-        } else {
-            Some(fields::hash(parent).ok_or("bad_hash")?)
-        };
+        let parent = if root { None } else { Some(fields::hash(parent).ok_or("bad_hash")?) };
         let medium = media::read(text(fields.get(Field::Medium))?);
         let group = number(fields.get(Field::GroupIdx), MAX_GROUP, "bad_group")?;
         let kind = text(fields.get(Field::Kind))?;
@@ -238,11 +213,7 @@ fn enough_tokens(blocks: usize, tokens: usize, block_size: usize) -> Outcome<()>
 fn number(value: Scalar, most: u32, reason: &'static str) -> Outcome<Option<u32>> {
     match value {
         Scalar::Absent | Scalar::Nil => Ok(None),
-        Scalar::Uint(value) => u32::try_from(value)
-            .ok()
-            .filter(|value| *value <= most)
-            .map(Some)
-            .ok_or(reason),
+        Scalar::Uint(value) => u32::try_from(value).ok().filter(|value| *value <= most).map(Some).ok_or(reason),
         _ => Err(reason),
     }
 }
@@ -259,9 +230,7 @@ fn lora_number(value: Scalar) -> Outcome<Option<Lora>> {
 fn text<'a>(value: Scalar<'a>) -> Outcome<Option<&'a str>> {
     match value {
         Scalar::Absent | Scalar::Nil | Scalar::Text("") => Ok(None),
-        Scalar::Text(text) if text.len() <= MAX_TEXT || text.chars().count() <= MAX_TEXT => {
-            Ok(Some(text))
-        }
+        Scalar::Text(text) if text.len() <= MAX_TEXT || text.chars().count() <= MAX_TEXT => Ok(Some(text)),
         _ => Err("bad_text"),
     }
 }

@@ -26,10 +26,9 @@ pub struct Extras<'a> {
 pub fn read<'a>(extra_keys: ExtraKeys<'a>, context: &Context) -> Result<Extras<'a>, &'static str> {
     match extra_keys {
         ExtraKeys::Nil | ExtraKeys::Blank => Ok(Extras::default()),
-        ExtraKeys::Items { count, items } if count == context.blocks => read_blocks(items, context)
-            .ok()
-            .flatten()
-            .ok_or("bad_extra_keys"),
+        ExtraKeys::Items { count, items } if count == context.blocks => {
+            read_blocks(items, context).ok().flatten().ok_or("bad_extra_keys")
+        }
         ExtraKeys::Items { .. } | ExtraKeys::NotAList => Err("bad_extra_keys"),
     }
 }
@@ -41,8 +40,7 @@ fn read_blocks<'a>(mut items: Reader<'a>, context: &Context) -> Result<Option<Ex
         match items.value()? {
             Value::Nil => bytes.push(Vec::new()),
             Value::Array(len) => {
-                let Some(kept) = read_block(&mut items, len, number == 0, context, &mut extras)?
-                else {
+                let Some(kept) = read_block(&mut items, len, number == 0, context, &mut extras)? else {
                     return Ok(None);
                 };
                 bytes.push(kept);

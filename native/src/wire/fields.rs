@@ -210,9 +210,7 @@ fn read_hashes(reader: &mut Reader) -> Result<List<EngineHash>, Broken> {
         Value::Nil => return Ok(List::Nil),
         Value::Array(count) if count <= MAX_HASHES => count,
         Value::Array(_) => {
-            return reader
-                .skip_inside(value)
-                .map(|()| List::Bad("too_many_hashes"));
+            return reader.skip_inside(value).map(|()| List::Bad("too_many_hashes"));
         }
         _ => return reader.skip_inside(value).map(|()| List::Bad("bad_hashes")),
     };
@@ -248,9 +246,7 @@ fn read_tokens(reader: &mut Reader) -> Result<List<u32>, Broken> {
         Value::Nil => return Ok(List::Nil),
         Value::Array(count) if count <= MAX_TOKENS => count,
         Value::Array(_) => {
-            return reader
-                .skip_inside(value)
-                .map(|()| List::Bad("too_many_tokens"));
+            return reader.skip_inside(value).map(|()| List::Bad("too_many_tokens"));
         }
         _ => return reader.skip_inside(value).map(|()| List::Bad("bad_tokens")),
     };
@@ -281,11 +277,7 @@ fn read_extra_keys<'a>(reader: &mut Reader<'a>) -> Result<ExtraKeys<'a>, Broken>
         blank = blank && !is_true(value);
         reader.skip_inside(value)?;
     }
-    Ok(if blank {
-        ExtraKeys::Blank
-    } else {
-        ExtraKeys::Items { count, items }
-    })
+    Ok(if blank { ExtraKeys::Blank } else { ExtraKeys::Items { count, items } })
 }
 
 /// As Python has it.

@@ -83,11 +83,7 @@ impl<'a> Reader<'a> {
     }
 
     pub const fn finish(&self) -> Result<(), Broken> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(Broken::Trailing)
-        }
+        if self.rest.is_empty() { Ok(()) } else { Err(Broken::Trailing) }
     }
 
     fn chunk<const N: usize>(&mut self) -> Result<[u8; N], Broken> {
@@ -121,19 +117,11 @@ impl<'a> Reader<'a> {
     /// Every item takes a byte at least, so a length beyond what is left is known to be cut short before anything is
     /// made room for.
     fn array(&self, len: usize) -> Result<Value<'a>, Broken> {
-        if len > self.rest.len() {
-            Err(Broken::Truncated)
-        } else {
-            Ok(Value::Array(len))
-        }
+        if len > self.rest.len() { Err(Broken::Truncated) } else { Ok(Value::Array(len)) }
     }
 
     fn map(&self, len: usize) -> Result<Value<'a>, Broken> {
-        if len > self.rest.len() / 2 {
-            Err(Broken::Truncated)
-        } else {
-            Ok(Value::Map(len))
-        }
+        if len > self.rest.len() / 2 { Err(Broken::Truncated) } else { Ok(Value::Map(len)) }
     }
 
     fn ext(&mut self, len: usize) -> Result<Value<'a>, Broken> {
@@ -142,11 +130,7 @@ impl<'a> Reader<'a> {
         if code != 0xff {
             return Ok(Value::Ext);
         }
-        if is_timestamp(data) {
-            Ok(Value::Timestamp)
-        } else {
-            Err(Broken::Timestamp)
-        }
+        if is_timestamp(data) { Ok(Value::Timestamp) } else { Err(Broken::Timestamp) }
     }
 
     pub fn value(&mut self) -> Result<Value<'a>, Broken> {
@@ -160,18 +144,9 @@ impl<'a> Reader<'a> {
             0xc1 => Err(Broken::Opcode),
             0xc2 => Ok(Value::False),
             0xc3 => Ok(Value::True),
-            0xc4 => self
-                .len8()
-                .and_then(|len| self.bytes(len))
-                .map(Value::Bytes),
-            0xc5 => self
-                .len16()
-                .and_then(|len| self.bytes(len))
-                .map(Value::Bytes),
-            0xc6 => self
-                .len32()
-                .and_then(|len| self.bytes(len))
-                .map(Value::Bytes),
+            0xc4 => self.len8().and_then(|len| self.bytes(len)).map(Value::Bytes),
+            0xc5 => self.len16().and_then(|len| self.bytes(len)).map(Value::Bytes),
+            0xc6 => self.len32().and_then(|len| self.bytes(len)).map(Value::Bytes),
             0xc7 => self.len8().and_then(|len| self.ext(len)),
             0xc8 => self.len16().and_then(|len| self.ext(len)),
             0xc9 => self.len32().and_then(|len| self.ext(len)),
@@ -291,19 +266,11 @@ pub fn text(bytes: &[u8]) -> Result<&str, Broken> {
 }
 
 const fn deeper(depth: u32) -> Result<u32, Broken> {
-    if depth < MAX_DEPTH {
-        Ok(depth + 1)
-    } else {
-        Err(Broken::Depth)
-    }
+    if depth < MAX_DEPTH { Ok(depth + 1) } else { Err(Broken::Depth) }
 }
 
 const fn signed(value: i64) -> Value<'static> {
-    if value < 0 {
-        Value::Negative(value)
-    } else {
-        Value::Uint(value.unsigned_abs())
-    }
+    if value < 0 { Value::Negative(value) } else { Value::Uint(value.unsigned_abs()) }
 }
 
 /// The three forms of msgpack's timestamp, as far as Python can hold them.
@@ -314,9 +281,7 @@ fn is_timestamp(data: &[u8]) -> bool {
     if let Ok(packed) = data.try_into().map(u64::from_be_bytes) {
         return packed >> 34 <= 999_999_999;
     }
-    let Some((nanos, seconds)) = data
-        .split_first_chunk()
-        .map(|(nanos, rest)| (u32::from_be_bytes(*nanos), rest))
+    let Some((nanos, seconds)) = data.split_first_chunk().map(|(nanos, rest)| (u32::from_be_bytes(*nanos), rest))
     else {
         return false;
     };
@@ -324,10 +289,6 @@ fn is_timestamp(data: &[u8]) -> bool {
         return false;
     };
     // the last half microsecond of the year 9999 rounds up to the year 10000
-    let most = if seconds == *TIMESTAMPS.end() {
-        999_999_499
-    } else {
-        999_999_999
-    };
+    let most = if seconds == *TIMESTAMPS.end() { 999_999_499 } else { 999_999_999 };
     nanos <= most && TIMESTAMPS.contains(&seconds)
 }

@@ -106,11 +106,7 @@ struct Window {
 
 impl Window {
     const fn new() -> Self {
-        Self {
-            raw: [0; BEFORE + WINDOW + ROOM],
-            widths: [0; WINDOW + LANES],
-            steps: [0; WINDOW],
-        }
+        Self { raw: [0; BEFORE + WINDOW + ROOM], widths: [0; WINDOW + LANES], steps: [0; WINDOW] }
     }
 
     /// Reads as many ids as begin in the window, two at a time. None are read if something else is among them.
