@@ -1,92 +1,218 @@
-"""How fast and how large the index is: `python benchmarks/index.py [--blocks N] [--rounds N]`.
+"""Both implementations of the index side by side: `python benchmarks/index.py [--impl native] [--rounds N]`.
 
-Prints medians of several rounds with the lowest and highest, for payload bytes to index, tokens to match at 64 pods
-(2,048 blocks held by 8 pods each, a list and a buffer of tokens), and memory for each (block, source).
+They take turns, round by round, and the table has for each the median of the rounds with the lowest and highest, and how
+many times better the first is. Blocks have 16 tokens, stores 32 blocks, chains 2,048 blocks; 64 pods hold 500,000
+(block, pod), each chain on 8 pods drawn by lot; prompts are buffers of uint32.
+
+- hash: tokens to the keys of their blocks.
+- apply: vLLM's payload bytes to the index, from full queues, as a worker of the pool does it: by one thread on one core,
+  and by two that have half the pods each on two cores.
+- match: a prompt to what each pod holds of it; then the same while a worker applies events without a pause.
+- score: tokens to a dict of pod and score.
+- memory: growth of the resident set of a fresh process for each (block, pod), with each chain on 8 pods and on one.
 """
 
 import argparse
-import gc
 import platform
 import statistics
-import time
-import tracemalloc
-from array import array
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 
-from workload import BLOCK, MODEL, payloads
+import structlog
+from report import CORES, Figures, Row, each, machine, note, note_latency, on_cores, resident_bytes, table
+from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payloads_of, prompts
 
-from indexer import Prompt, Source, open_index
-from kvevents import decode_batch
+from indexer import Index, Prompt, Source, block_keys, open_index
+from indexer.keys import block_keys as block_keys_in_python
+from kvevents import Message
+from kvevents.apply import Applier
+from kvevents.queue import ShardQueue
+from scorer import PrefixScorer
 
-PODS = 64
+PODS, SHARE, SHORT, QUESTIONS = 64, 8, 280, 300
+SIZES = (SHORT, CHAIN)
 
 
-def report(name: str, unit: str, values: list[float]) -> None:
-    print(f"{name:52} {statistics.median(values):12,.2f} {unit:10} ({min(values):,.2f} to {max(values):,.2f})")
+def open_at(impl: str) -> Index:
+    return open_index(f"memory://?impl={impl}")
 
 
-def timed(work: Callable[[], object]) -> float:
-    gc.collect()
-    gc.disable()
-    start = time.perf_counter()
-    work()
-    taken = time.perf_counter() - start
-    gc.enable()
-    return taken
+def messages_of(fleet: Fleet) -> list[Message]:
+    """Give what all pods publish, the pods taking turns."""
+    sent = [0] * fleet.pods
+    messages = []
+    for pod, payloads in deliveries(fleet, payloads_of):
+        for payload in payloads:
+            messages.append(Message(b"", sent[pod], payload, f"pod-{pod}"))
+            sent[pod] += 1
+    return messages
+
+
+class Worker:
+    """What a thread of the pool does, with a full queue."""
+
+    def __init__(self, index: Index, messages: list[Message]) -> None:
+        self._queue = ShardQueue(len(messages) + 1, 1 << 40)
+        for message in messages:
+            self._queue.put((message.pod or "", ""), message, wait=True)
+        self._applier = Applier(index, model=MODEL, copies="count", log=structlog.get_logger())
+
+    def work(self, enough: Callable[[], bool] = lambda: False) -> None:
+        while (messages := self._queue.take(0)) and not enough():
+            self._applier.apply(messages)
+            self._queue.done()
+
+
+class Bench:
+    """One run: the fleet, an index of each implementation filled with it, and the figures so far."""
+
+    def __init__(self, impls: list[str], fleet: Fleet) -> None:
+        self._impls = impls
+        self._fleet = fleet
+        self._messages = messages_of(fleet)
+        self._figures: Figures = {}
+        self._asked = {blocks: prompts(fleet, blocks) for blocks in SIZES}
+        self._filled = {impl: open_at(impl) for impl in impls}
+        for index in self._filled.values():
+            Worker(index, self._messages).work()
+            assert index.stats()["held"] == fleet.pairs
+            for asked in self._asked[CHAIN]:
+                held = {h.source.pod: h.tokens for h in index.match(Prompt(asked.tokens, MODEL)) if h.tokens}
+                assert held == {f"pod-{pod}": blocks * BLOCK for pod, blocks in asked.holds.items()}
+
+    def round(self, number: int) -> None:
+        """Measure everything once, the implementations taking turns at going first."""
+        for measure in (self._hashing, self._applying, self._matching, self._scoring):
+            for impl in self._impls[:: 1 if number % 2 else -1]:
+                measure(impl)
+
+    def memory(self, pairs: int) -> None:
+        """Measure memory once."""
+        for share in (SHARE, 1):
+            row = Row(f"memory, each chain on {share} {'pod' if share == 1 else 'pods'}", "bytes/pair")
+            for impl in self._impls:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                    note(self._figures, row, impl, fresh.submit(memory_of, impl, pairs, share).result())
+
+    def table(self) -> str:
+        return table(self._figures, self._impls)
+
+    def _hashing(self, impl: str) -> None:
+        hash_tokens = block_keys if impl == "native" else block_keys_in_python
+        with on_cores(1):
+            times = each(lambda tokens: hash_tokens(tokens, MODEL), [asked.tokens for asked in self._asked[CHAIN]])
+        note(self._figures, Row("hash", "ns/block"), impl, statistics.median(times) / CHAIN * 1e9)
+
+    def _applying(self, impl: str) -> None:
+        one = self._rate(impl, 1)
+        two = self._rate(impl, 2)
+        note(self._figures, Row("apply, one worker", "M blocks/s", more=True), impl, one)
+        note(self._figures, Row("apply, two workers", "M blocks/s", more=True), impl, two)
+        note(self._figures, Row("two workers against one", "times", more=True), impl, two / one)
+
+    def _rate(self, impl: str, workers: int) -> float:
+        index = open_at(impl)
+        shares: list[list[Message]] = [[] for _ in range(workers)]
+        for message in self._messages:
+            shares[int((message.pod or "").rpartition("-")[2]) % workers].append(message)
+        filled = [Worker(index, share) for share in shares]
+
+        def work(_: object) -> None:
+            threads = [threading.Thread(target=worker.work) for worker in filled[1:]]
+            for thread in threads:
+                thread.start()
+            filled[0].work()
+            for thread in threads:
+                thread.join()
+
+        with on_cores(workers):
+            (taken,) = each(work, [None])
+        assert index.stats()["held"] == self._fleet.pairs
+        index.close()
+        return self._fleet.pairs / taken / 1e6
+
+    def _matching(self, impl: str) -> None:
+        index = self._filled[impl]
+        for blocks in SIZES:
+            with on_cores(1):
+                self._latency(f"match {blocks:,} blocks", impl, blocks, lambda asked: index.match(Prompt(asked, MODEL)))
+        with pouring(index, self._messages):
+            for blocks in SIZES:
+                what = f"match {blocks:,} blocks, events pouring in"
+                self._latency(what, impl, blocks, lambda asked: index.match(Prompt(asked, MODEL)))
+
+    def _scoring(self, impl: str) -> None:
+        scorer = PrefixScorer(self._filled[impl])
+        with on_cores(1):
+            for blocks in SIZES:
+                self._latency(f"score {blocks:,} blocks", impl, blocks, lambda asked: scorer.score(asked, model=MODEL))
+
+    def _latency(self, what: str, impl: str, blocks: int, work: Callable[..., object]) -> None:
+        asked = self._asked[blocks]
+        tokens = [asked[number % len(asked)].tokens for number in range(QUESTIONS)]
+        note_latency(self._figures, what, impl, each(work, tokens))
+
+
+@contextmanager
+def pouring(index: Index, messages: list[Message]) -> Iterator[None]:
+    """Let one worker apply events of pods of their own, over and over, without a pause."""
+    done = threading.Event()
+    others = [Message(b"", m.seq, m.payload, f"other-{m.pod}") for m in messages]
+    for pod in {message.pod for message in others}:
+        index.register(Source(pod or ""), model="bench/other")
+
+    def pour() -> None:
+        while not done.is_set():  # each time the sequence numbers begin anew, as if the pods had restarted
+            Worker(index, others).work(done.is_set)
+
+    thread = threading.Thread(target=pour)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for pod in {message.pod for message in others}:
+            index.forget(pod or "")
+
+
+def memory_of(impl: str, pairs: int, share: int) -> float:
+    """Give the bytes by which this process, which should have done nothing else yet, grows for each (block, pod).
+
+    The messages are made before and kept until after, so they do not count, and their memory is not used again.
+    """
+    fleet = make_fleet(pairs, pods=PODS, share=share)
+    worker, first = Worker(index := open_at(impl), messages_of(fleet)), open_at(impl)
+    Worker(first, messages_of(make_fleet(CHAIN, pods=PODS, share=1))).work()  # what is set up at first use
+    before = resident_bytes()
+    worker.work()
+    after = resident_bytes()
+    assert index.stats()["held"] == fleet.pairs
+    return (after - before) / fleet.pairs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=200_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--impl", choices=["native", "python"], action="append", help="only this one; may be repeated")
+    parser.add_argument("--pairs", type=int, default=500_000, help="(block, pod) in the index")
+    parser.add_argument("--memory-pairs", type=int, default=5_000_000, help="the same where memory is measured; 0: not")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    print(f"python {platform.python_version()}, {platform.machine()}, memory://?impl=python, {options.rounds} rounds")
-
-    bodies = payloads(options.blocks, 1)
-    rates = []
-    for _ in range(options.rounds):
-        index = open_index("memory://?impl=python")
-        index.register(Source("pod"), model=MODEL)
-
-        def apply(index=index) -> None:  # noqa: ANN001
-            for body in bodies:
-                index.apply(Source("pod"), decode_batch(body).events)
-
-        rates.append(options.blocks / timed(apply) / 1e6)
-        assert index.stats()["held"] == options.blocks
-    report("payload bytes to index, one worker", "M blocks/s", rates)
-
-    index = open_index("memory://?impl=python")
-    for pod in range(PODS):
-        index.register(Source(f"pod-{pod}"), model=MODEL)
-        for body in payloads(8192, pod // 8):
-            index.apply(Source(f"pod-{pod}"), decode_batch(body).events)
-    tokens: list[int] = []
-    for body in payloads(2048, 3):
-        tokens += decode_batch(body).events[0].token_ids
-    for name, asked in (("list", tokens), ("buffer", array("I", tokens))):
-        prompt = Prompt(asked, MODEL)
-        assert sum(holding.tokens == 2048 * BLOCK for holding in index.match(prompt)) == 8
-
-        def match(asked=asked) -> None:  # noqa: ANN001
-            index.match(Prompt(asked, MODEL))
-
-        times = [timed(match) for _ in range(options.rounds * 20)]
-        report(f"tokens ({name}) to match, 2,048 blocks, 64 pods", "us", [t * 1e6 for t in times])
-        report(f"tokens ({name}) to match, 2,048 blocks, 64 pods", "M blocks/s", [2048 / t / 1e6 for t in times])
-
-    gc.collect()
-    tracemalloc.start()
-    index = open_index("memory://?impl=python")
-    for pod in range(PODS):
-        source = Source(f"pod-{pod}")
-        index.register(source, model=MODEL)
-        for body in payloads(4096, pod % 8):
-            index.apply(source, decode_batch(body).events)
-    gc.collect()
-    size, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    report("memory for each (block, source), 8 pods a block", "bytes", [size / index.stats()["held"]])
+    if options.pairs < CHAIN * SHARE:
+        parser.error(f"--pairs: at least {CHAIN * SHARE:,}, one chain on {SHARE} pods")
+    impls = options.impl or ["native", "python"]
+    fleet = make_fleet(options.pairs, pods=PODS, share=SHARE)
+    print(f"{machine()} ({len(CORES)} usable), python {platform.python_version()}")
+    print(f"{fleet.pairs:,} (block, pod), {PODS} pods, {len(fleet.chains)} chains, {options.rounds} rounds")
+    bench = Bench(impls, fleet)
+    for number in range(options.rounds):
+        bench.round(number)
+    if options.memory_pairs:
+        bench.memory(options.memory_pairs)
+    print("\n" + bench.table())
 
 
 if __name__ == "__main__":

@@ -21,33 +21,38 @@ Dynamo is optional (`pip install ai-dynamo-runtime`): without it this index is m
 """
 
 import argparse
-import ctypes
-import gc
-import math
-import os
 import platform
 import statistics
 import sys
-import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
 import msgspec
-from workload import BLOCK, CHAIN, MODEL, Asked, Chain, Fleet, deliveries, make_fleet, payload_of, prompts, samples
+from report import (
+    Figures,
+    Row,
+    best_impl,
+    each,
+    machine,
+    note,
+    note_latency,
+    on_cores,
+    resident_bytes,
+    table,
+    version_of,
+)
+from workload import BLOCK, CHAIN, MODEL, Asked, Chain, Fleet, deliveries, make_fleet, payloads_of, prompts, samples
 
-from indexer import IndexerError, Prompt, Source, block_keys, open_index
+from indexer import Prompt, Source, block_keys, open_index
 from kvevents import decode_batches
 from scorer import PrefixScorer
 
 SHORT, CALLERS, QUESTIONS = 280, 4, 300
 PACKAGE = "ai-dynamo-runtime"
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 Pieces: TypeAlias = list[tuple[int, list[bytes]]]
 """Messages of one pod at a time."""
@@ -83,10 +88,6 @@ class Contender(Protocol):
 
     def close(self) -> None:
         """Give the memory back before returning."""
-
-
-def payloads_of(chain: Chain) -> list[bytes]:
-    return [payload_of(store) for store in chain.stores()]
 
 
 class Ours:
@@ -222,17 +223,6 @@ class Side(NamedTuple):
         return Dynamo() if self.impl is None else Ours(self.impl, self.pods)
 
 
-class Row(NamedTuple):
-    """One line of the table: what was measured, in which unit, whether more is better."""
-
-    what: str
-    unit: str
-    more: bool = False
-
-
-Figures: TypeAlias = dict[Row, dict[str, list[float]]]
-
-
 class Bench:
     """One run: the fleet, both contenders filled with it, and the figures so far."""
 
@@ -269,28 +259,25 @@ class Bench:
             for side, contender in zip(self._sides, self._filled, strict=True):
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
                     grown = fresh.submit(memory_of, side, self._fleet.pairs, holders).result()
-                self._note(row, contender.name, grown)
+                note(self._figures, row, contender.name, grown)
 
     def table(self) -> str:
         return table(self._figures, [contender.name for contender in self._filled])
-
-    def _note(self, row: Row, name: str, value: float) -> None:
-        self._figures.setdefault(row, {}).setdefault(name, []).append(value)
 
     def _hashing(self, turn: int) -> None:
         contender = self._filled[turn]
         chains = [asked.tokens for asked in self._asked[CHAIN]]
         for form, make in (("", contender.best_form), (", from a list", list)):
-            times = sorted(each(contender.hash, [make(tokens) for tokens in chains]))
-            self._note(Row("hash" + form, "ns/block"), contender.name, percentile(times, 50) / CHAIN * 1e9)
+            times = each(contender.hash, [make(tokens) for tokens in chains])
+            note(self._figures, Row("hash" + form, "ns/block"), contender.name, statistics.median(times) / CHAIN * 1e9)
 
     def _applying(self, turn: int) -> None:
         name = self._filled[turn].name
-        self._note(Row("apply", "M blocks/s", more=True), name, self._rate(turn, self._pieces[turn]))
+        note(self._figures, Row("apply", "M blocks/s", more=True), name, self._rate(turn, self._pieces[turn]))
         row = Row(f"apply, {CALLERS} callers", "M blocks/s", more=True)
-        self._note(row, name, self._rate(turn, self._pieces[turn], callers=CALLERS))
+        note(self._figures, row, name, self._rate(turn, self._pieces[turn], callers=CALLERS))
         row = Row("apply, both from vLLM's payload bytes", "M blocks/s", more=True)
-        self._note(row, name, self._rate(turn, self._payloads, payloads=True))
+        note(self._figures, row, name, self._rate(turn, self._payloads, payloads=True))
 
     def _rate(self, turn: int, pieces: Pieces, *, callers: int = 1, payloads: bool = False) -> float:
         with on_cores(1 if callers == 1 else None):
@@ -321,23 +308,8 @@ class Bench:
         asked: list[Asked],
     ) -> None:
         prepared = [form(one.tokens) for one in asked]
-        times = sorted(each(work, [prepared[i % len(prepared)] for i in range(QUESTIONS)]))
-        for percent in (50, 99):
-            self._note(Row(f"{what}, p{percent}", "us"), contender.name, percentile(times, percent) * 1e6)
-
-
-@contextmanager
-def on_cores(count: int | None) -> Iterator[None]:
-    """Keep this thread, and the threads that it starts, to some of the cores; None is all of them."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(CORES)[-count:] if count else CORES)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+        times = each(work, [prepared[i % len(prepared)] for i in range(QUESTIONS)])
+        note_latency(self._figures, what, contender.name, times)
 
 
 def check(contender: Contender, asked: list[Asked]) -> None:
@@ -360,26 +332,6 @@ def fill(apply: Callable[[int, list[bytes]], None], pieces: Pieces, callers: int
         return each(lambda shares: list(threads.map(work, shares)), [shares])[0]
 
 
-def each(work: Callable[..., object], values: Sequence[object]) -> list[float]:
-    """Give the seconds that `work` takes for each value."""
-    clock = time.perf_counter
-    times = []
-    gc.collect()
-    gc.disable()
-    try:
-        for value in values:
-            start = clock()
-            work(value)
-            times.append(clock() - start)
-    finally:
-        gc.enable()
-    return times
-
-
-def percentile(ordered: list[float], percent: int) -> float:
-    return ordered[math.ceil(len(ordered) * percent / 100) - 1]
-
-
 def memory_of(side: Side, pairs: int, share: int) -> float:
     """Give the bytes by which this process, which should have done nothing else yet, grows for each (block, pod).
 
@@ -396,61 +348,6 @@ def memory_of(side: Side, pairs: int, share: int) -> float:
     after = resident_bytes()
     check(contender, prompts(fleet, CHAIN)[-1:])
     return (after - before) / fleet.pairs
-
-
-def resident_bytes() -> int:
-    """Give the size of the resident set, after what is free has been given back to the system."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def table(figures: Figures, names: list[str]) -> str:
-    heads = ["", "", *names] + ["times better"] * (len(names) > 1)
-    lines = [heads]
-    for row, values in figures.items():
-        medians = [statistics.median(values[name]) for name in names]
-        cells = [
-            f"{number(median)} ({number(min(values[name]))} to {number(max(values[name]))})"
-            for median, name in zip(medians, names, strict=True)
-        ]
-        if len(names) > 1:
-            cells.append(number(medians[0] / medians[1] if row.more else medians[1] / medians[0]))
-        lines.append([row.what, row.unit, *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(aligned, line, widths)).rstrip() for line in lines)
-
-
-def aligned(cell: str, width: int) -> str:
-    return cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "from source"
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        model = next((value.strip() for key, _, value in lines if key.strip() == "model name"), model)
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def best_impl() -> str:
-    try:
-        open_index("memory://?impl=native").close()
-    except (IndexerError, ImportError):
-        return "python"
-    return "native"
 
 
 def dynamo_works() -> bool:

@@ -94,10 +94,9 @@ def payload_of(store: Store) -> bytes:
     return msgspec.msgpack.encode([1.0, [event], 0])
 
 
-def payloads(blocks: int, seed: int) -> list[bytes]:
-    """Give the payloads of one pod that stores about `blocks` blocks, in chains of 2,048."""
-    fleet = make_fleet(blocks, pods=1, share=1, seed=seed)
-    return [payload_of(store) for chain in fleet.chains for store in chain.stores()]
+def payloads_of(chain: Chain) -> list[bytes]:
+    """Give what vLLM publishes for a chain."""
+    return [payload_of(store) for store in chain.stores()]
 
 
 def deliveries(

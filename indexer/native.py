@@ -5,12 +5,11 @@ interpreter lock, so workers and scorers really run beside each other.
 """
 
 from collections.abc import Collection, Sequence
-from typing import cast
 
 from indexer import _native
 from indexer.base import Copies, Decoder, Holding, Limits, Run, Source, SourceStatus
 from indexer.errors import InvalidQuestion, LimitReached
-from indexer.events import Event, Events
+from indexer.events import Events
 from indexer.keys import BlockKey, ImageItem, TokenIds, check_block_size
 from indexer.prompt import Prompt
 
@@ -49,8 +48,7 @@ class NativeIndex:
 
     def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
         """Apply batch after batch, see `Index.apply_all`."""
-        encoded = [batch if isinstance(batch, _native.Batch) else _encoded(batch) for batch in batches]
-        _require(source, found=self._index.apply(source, encoded))
+        _require(source, found=self._index.apply(source, batches))
 
     def restart(self, source: Source) -> None:
         """Forget what a source holds, see `Index.restart`."""
@@ -121,10 +119,6 @@ def block_keys(
     check_block_size(block_size)
     prompt = _native.Prompt(token_ids, model, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
     return _native.block_keys(prompt, block_size)
-
-
-def _encoded(events: Events) -> _native.Batch:
-    return _native.Batch(cast("Sequence[Event]", events))
 
 
 def _require(source: Source, *, found: bool) -> None:

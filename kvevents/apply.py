@@ -16,6 +16,7 @@ NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
 
+_NEXT = Verdict.NEXT
 _HEALED = frozenset({Verdict.FIRST, Verdict.RESTART})
 _UNKNOWN_PAST = frozenset({Verdict.LATE, Verdict.RESTART_LATE})
 
@@ -52,15 +53,16 @@ class Applier:
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
                 continue
-            flow = self._flow(message, batch)
+            key = (message.endpoint, message.pod or parse_topic(message.topic).pod, batch.rank or 0)
+            flow = self._flows.get(key) or self._begin(key, message, batch)
             if flow is None:
                 continue
             verdict = flow.stream.observe(message.seq)
-            if source is not None and (verdict is not Verdict.NEXT or flow.source is not source):
+            if source is not None and (verdict is not _NEXT or flow.source is not source):
                 self._hand_over(source, due, seq)
                 due = []
             source, seq = flow.source, message.seq
-            if verdict is not Verdict.NEXT:
+            if verdict is not _NEXT:
                 self._follow(source, flow.stream, verdict, seq)
             if batch.discards:
                 self._note_discards(source, batch, seq)
@@ -74,17 +76,14 @@ class Applier:
 
     def _hand_over(self, source: Source, due: list[Decoded], seq: int) -> None:
         if due:
-            self._index.apply_all(source, [batch.events for batch in due])
-            self.counters["events_total"] += sum([len(batch.events) for batch in due])
+            events = [batch.events for batch in due]
+            self._index.apply_all(source, events)
+            self.counters["events_total"] += sum(map(len, events))
             self.counters["applied_total"] += len(due)
             self.sequences[source] = seq
 
-    def _flow(self, message: Message, batch: Decoded) -> _Flow | None:
-        pod = message.pod or parse_topic(message.topic).pod
-        key = (message.endpoint, pod, batch.rank or 0)
-        flow = self._flows.get(key)
-        if flow is not None:
-            return flow
+    def _begin(self, key: tuple[str, str, int], message: Message, batch: Decoded) -> _Flow | None:
+        pod = key[1]
         if not pod:
             self._discard(message, "no_identity", "empty topic, and the endpoint was not subscribed for a pod")
             return None

@@ -43,14 +43,9 @@ def _has_core() -> bool:
 
 
 HAS_CORE = _has_core()
-IMPLEMENTATIONS = [
-    "python",
-    # skipped at the desk of somebody without Rust, never in CI: there a core that is missing has to fail
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(not HAS_CORE and "CI" not in os.environ, reason="the compiled core is not built"),
-    ),
-]
+# skipped at the desk of somebody without Rust, never in CI: there a core that is missing has to fail
+NEEDS_CORE = pytest.mark.skipif(not HAS_CORE and "CI" not in os.environ, reason="the compiled core is not built")
+IMPLEMENTATIONS = ["python", pytest.param("native", marks=NEEDS_CORE)]
 
 
 def pytest_report_header() -> str:

@@ -11,9 +11,10 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 use crossbeam_epoch::{Atomic, Guard, Owned};
+use hashbrown::HashMap;
 use parking_lot::Mutex;
 
-use crate::holders::{Memo, Sets, SlotId};
+use crate::holders::{Changes, Sets, SlotId};
 use crate::table::{Place, Table, homes_for, is_crowded, is_sparse};
 
 const SHARD_BITS: u32 = 6;
@@ -62,6 +63,13 @@ impl Shard {
     }
 }
 
+/// From now on a slot holds a block, or holds it no longer.
+#[derive(Clone, Copy)]
+pub struct Step {
+    pub key: u64,
+    pub holds: bool,
+}
+
 /// See the module.
 pub struct Blocks {
     shards: Box<[Shard; SHARDS]>,
@@ -92,103 +100,115 @@ impl Blocks {
         self.bytes.load(Ordering::Relaxed) + self.sets.bytes()
     }
 
-    /// The shard of a key, and the key that stands in its table.
     #[inline]
-    fn shard(&self, key: u64) -> (&Shard, u64) {
-        let mixed = key.wrapping_mul(self.secret);
-        (&self.shards[(mixed >> (64 - SHARD_BITS)) as usize], mixed.rotate_left(SHARD_BITS))
+    fn shard_number(&self, key: u64) -> usize {
+        (key.wrapping_mul(self.secret) >> (64 - SHARD_BITS)) as usize
+    }
+
+    /// The key that stands in the table of its shard.
+    #[inline]
+    fn row_key(&self, key: u64) -> u64 {
+        key.wrapping_mul(self.secret).rotate_left(SHARD_BITS)
     }
 
     /// Asks for the row of a key ahead of `holders`.
     #[inline]
     pub fn prefetch(&self, key: u64, guard: &Guard) {
-        let (shard, key) = self.shard(key);
-        shard.table(guard).prefetch(&[key]);
+        self.shards[self.shard_number(key)].table(guard).prefetch(&[self.row_key(key)]);
     }
 
     /// The word of the slots that hold a block, 0 for nobody.
     #[inline]
     pub fn holders(&self, key: u64, guard: &Guard) -> u64 {
-        let (shard, key) = self.shard(key);
-        shard.get(key, guard)
+        self.shards[self.shard_number(key)].get(self.row_key(key), guard)
     }
 
-    /// From now on `slot` holds these blocks; `again` hears of those that it held already.
-    pub fn hold(&self, slot: SlotId, keys: &[u64], guard: &Guard, mut again: impl FnMut(u64)) {
-        let mut memo = Memo::default();
-        for key in keys.iter().take(AHEAD) {
-            self.prefetch(*key, guard);
+    /// Takes the steps of a slot in order. `aliases` counts how often a block is held besides, under other names: so
+    /// often it has to be released before it is gone.
+    pub fn take(&self, slot: SlotId, steps: &[Step], aliases: &mut HashMap<u64, u64>, guard: &Guard) {
+        let steps = self.by_shard(steps);
+        let mut changes = self.sets.changes(slot, guard);
+        for step in steps.iter().take(AHEAD) {
+            self.prefetch(step.key, guard);
         }
-        for (number, key) in keys.iter().enumerate() {
-            if let Some(ahead) = keys.get(number + AHEAD) {
-                self.prefetch(*ahead, guard);
-            }
-            if !self.hold_one(slot, *key, &mut memo, guard) {
-                again(*key);
+        let mut ahead = steps.iter().skip(AHEAD);
+        for steps in steps.chunk_by(|one, next| self.shard_number(one.key) == self.shard_number(next.key)) {
+            let shard = &self.shards[self.shard_number(steps[0].key)];
+            let mut len = shard.len.lock();
+            for step in steps {
+                if let Some(step) = ahead.next() {
+                    self.prefetch(step.key, guard);
+                }
+                if step.holds {
+                    if !self.hold(shard, &mut len, self.row_key(step.key), &mut changes, guard) {
+                        *aliases.entry(step.key).or_insert(0) += 1;
+                    }
+                } else if aliases.is_empty() || !take_one(aliases, step.key) {
+                    self.release(shard, &mut len, self.row_key(step.key), &mut changes, guard);
+                }
             }
         }
     }
 
+    /// The steps divided by shard, so that its lock is taken once for all of them; for each block in order.
+    fn by_shard(&self, steps: &[Step]) -> Vec<Step> {
+        let mut ends = [0usize; SHARDS];
+        for step in steps {
+            ends[self.shard_number(step.key)] += 1;
+        }
+        let mut sum = 0;
+        for end in &mut ends {
+            sum += std::mem::replace(end, sum);
+        }
+        let mut sorted = vec![Step { key: 0, holds: false }; steps.len()];
+        for step in steps {
+            let place = &mut ends[self.shard_number(step.key)];
+            sorted[*place] = *step;
+            *place += 1;
+        }
+        sorted
+    }
+
+    /// Says no where the slot holds the block already.
     #[inline]
-    fn hold_one(&self, slot: SlotId, key: u64, memo: &mut Memo, guard: &Guard) -> bool {
-        let (shard, key) = self.shard(key);
-        let mut len = shard.len.lock();
+    fn hold(&self, shard: &Shard, len: &mut usize, key: u64, changes: &mut Changes, guard: &Guard) -> bool {
         loop {
             let table = shard.table(guard);
             match table.place(&[key]) {
                 Place::Found(number) => {
                     let row = &table.rows()[number];
-                    let before = row.value();
-                    let Some(after) = self.sets.with(before, slot, memo, guard) else { return false };
+                    let Some(after) = changes.with(row.value()) else { return false };
                     row.set_value(after);
-                    self.sets.release(before, guard);
                     return true;
                 }
                 Place::Vacant(_) if is_crowded(*len + 1, table.homes()) => {
                     self.replace(shard, table.resized(homes_for(*len + 1)), guard);
                 }
                 Place::Vacant(number) => {
-                    let Some(word) = self.sets.with(0, slot, memo, guard) else { return false };
-                    let put = if table.is_gap(number) {
+                    let Some(word) = changes.with(0) else { return false };
+                    let has_room = if table.is_gap(number) {
                         table.insert(number, [key], word)
                     } else {
                         shard.moving(|| table.insert(number, [key], word))
                     };
-                    if put {
-                        *len += 1;
-                        return true;
+                    *len += 1;
+                    if !has_room {
+                        self.replace(shard, table.with_more_spare(), guard);
                     }
-                    self.replace(shard, table.with_more_spare(), guard);
+                    return true;
                 }
             }
         }
     }
 
-    /// From now on `slot` holds these blocks no longer.
-    pub fn release(&self, slot: SlotId, keys: &[u64], guard: &Guard) {
-        let mut memo = Memo::default();
-        for key in keys.iter().take(AHEAD) {
-            self.prefetch(*key, guard);
-        }
-        for (number, key) in keys.iter().enumerate() {
-            if let Some(ahead) = keys.get(number + AHEAD) {
-                self.prefetch(*ahead, guard);
-            }
-            self.release_one(slot, *key, &mut memo, guard);
-        }
-    }
-
-    fn release_one(&self, slot: SlotId, key: u64, memo: &mut Memo, guard: &Guard) {
-        let (shard, key) = self.shard(key);
-        let mut len = shard.len.lock();
+    #[inline]
+    fn release(&self, shard: &Shard, len: &mut usize, key: u64, changes: &mut Changes, guard: &Guard) {
         let table = shard.table(guard);
         let Place::Found(number) = table.place(&[key]) else { return };
         let row = &table.rows()[number];
-        let before = row.value();
-        let Some(after) = self.sets.without(before, slot, memo, guard) else { return };
+        let Some(after) = changes.without(row.value()) else { return };
         if after != 0 {
             row.set_value(after);
-            self.sets.release(before, guard);
             return;
         }
         shard.moving(|| table.remove(number));
@@ -231,6 +251,16 @@ impl Drop for Blocks {
     }
 }
 
+/// Takes one off a count; says no where there is none.
+fn take_one(counts: &mut HashMap<u64, u64>, key: u64) -> bool {
+    let Some(count) = counts.get_mut(&key) else { return false };
+    *count -= 1;
+    if *count == 0 {
+        counts.remove(&key);
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,6 +273,16 @@ mod tests {
         xxh3_64(&number.to_le_bytes())
     }
 
+    fn hold(blocks: &Blocks, slot: SlotId, keys: &[u64]) {
+        let steps: Vec<Step> = keys.iter().map(|key| Step { key: *key, holds: true }).collect();
+        blocks.take(slot, &steps, &mut HashMap::new(), &pin());
+    }
+
+    fn release(blocks: &Blocks, slot: SlotId, keys: &[u64]) {
+        let steps: Vec<Step> = keys.iter().map(|key| Step { key: *key, holds: false }).collect();
+        blocks.take(slot, &steps, &mut HashMap::new(), &pin());
+    }
+
     /// Writers come and go on the same keys while readers check that blocks that nobody takes away are always there,
     /// and that whoever holds a block together with others is never seen without them.
     #[test]
@@ -250,7 +290,7 @@ mod tests {
         let (blocks, done) = (Blocks::new(12345), AtomicBool::new(false));
         let lasting: Vec<u64> = (0..500).map(key).collect();
         for slot in [1, 2, 3, 4, 5] {
-            blocks.hold(slot, &lasting, &pin(), |_| unreachable!());
+            hold(&blocks, slot, &lasting);
         }
         std::thread::scope(|scope| {
             let mut writers = Vec::new();
@@ -261,11 +301,11 @@ mod tests {
                         (0..3000).map(|number| key(1000 + number % 2000 + u64::from(writer) * 500)).collect();
                     for _ in 0..30 {
                         for keys in own.chunks(100) {
-                            blocks.hold(10 + writer, keys, &pin(), |_| ());
+                            hold(blocks, 10 + writer, keys);
                         }
-                        blocks.hold(10 + writer, lasting, &pin(), |_| unreachable!());
-                        blocks.release(10 + writer, &own, &pin());
-                        blocks.release(10 + writer, lasting, &pin());
+                        hold(blocks, 10 + writer, lasting);
+                        release(blocks, 10 + writer, &own);
+                        release(blocks, 10 + writer, lasting);
                         blocks.compact(&pin());
                     }
                 }));
@@ -288,7 +328,7 @@ mod tests {
         });
         assert_eq!(blocks.len(), 500);
         for slot in [1, 2, 3, 4, 5] {
-            blocks.release(slot, &lasting, &pin());
+            release(&blocks, slot, &lasting);
         }
         assert_eq!(blocks.len(), 0);
         assert_eq!(blocks.sets.bytes(), 0);

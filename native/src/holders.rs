@@ -75,13 +75,6 @@ fn inline_word(slots: &[SlotId]) -> u64 {
         .fold(slots.len() as u64, |word, (place, slot)| word | u64::from(*slot) << (2 + BITS as usize * place))
 }
 
-/// The last change of a word, which the next block of a chain mostly repeats.
-#[derive(Clone, Copy, Default)]
-pub struct Memo {
-    before: u64,
-    after: u64,
-}
-
 /// All sets.
 #[derive(Default)]
 pub struct Sets {
@@ -95,79 +88,39 @@ impl Sets {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The word with one slot more, None where the slot is in it already.
-    ///
-    /// The new word is the caller's: it goes into the table of blocks, and then `release` the old one. Not before: a
-    /// reader that came later could still find the old word there.
-    #[inline]
-    pub fn with(&self, word: u64, slot: SlotId, memo: &mut Memo, guard: &Guard) -> Option<u64> {
-        if word == 0 {
-            return Some(inline_word(&[slot]));
-        }
-        if word == memo.before && self.acquire(memo.after) {
-            return Some(memo.after);
-        }
-        let before = slots_of(word, guard);
-        let slots = before.as_slice();
-        let Err(place) = slots.binary_search(&slot) else { return None };
-        let mut after = Vec::with_capacity(slots.len() + 1);
-        after.extend_from_slice(&slots[..place]);
-        after.push(slot);
-        after.extend_from_slice(&slots[place..]);
-        Some(self.change(word, &after, memo))
+    /// Begins to change words by one slot.
+    pub fn changes<'a>(&'a self, slot: SlotId, guard: &'a Guard) -> Changes<'a> {
+        Changes { sets: self, guard, slot, known: [Known::default(); KNOWN] }
     }
 
-    /// The word with one slot less, None where the slot is not in it. As for `with`, `release` the old one afterwards.
+    /// Refers to a set so many times more; says no where it is dead. A word without a set is always fine.
     #[inline]
-    pub fn without(&self, word: u64, slot: SlotId, memo: &mut Memo, guard: &Guard) -> Option<u64> {
-        if word == inline_word(&[slot]) {
-            return Some(0);
-        }
-        if word == 0 {
-            return None;
-        }
-        if word == memo.before && self.acquire(memo.after) {
-            return Some(memo.after);
-        }
-        let before = slots_of(word, guard);
-        let slots = before.as_slice();
-        let Ok(place) = slots.binary_search(&slot) else { return None };
-        let mut after = Vec::with_capacity(slots.len());
-        after.extend_from_slice(&slots[..place]);
-        after.extend_from_slice(&slots[place + 1..]);
-        Some(self.change(word, &after, memo))
-    }
-
-    fn change(&self, word: u64, slots: &[SlotId], memo: &mut Memo) -> u64 {
-        let after = if slots.len() <= INLINE { inline_word(slots) } else { self.shared(slots) };
-        *memo = Memo { before: word, after };
-        after
-    }
-
-    /// Refers to a set once more; says no where it is dead. A word without a set is always fine.
-    #[inline]
-    fn acquire(&self, word: u64) -> bool {
+    fn acquire(&self, word: u64, times: usize) -> bool {
         if word & TAG != 0 {
             return true;
         }
-        // SAFETY: see `slots_of`: words come from the table of blocks or from a memo, both read under the same guard.
+        // SAFETY: see `slots_of`: words come from the table of blocks or from earlier changes, read under one guard.
         let set = unsafe { &*(word as *const Set) };
         set.blocks
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |blocks| (blocks > 0).then_some(blocks + 1))
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |blocks| (blocks > 0).then_some(blocks + times))
             .is_ok()
     }
 
-    fn shared(&self, slots: &[SlotId]) -> u64 {
+    /// The word of some slots, referred to so many times.
+    fn word(&self, slots: &[SlotId], times: usize) -> u64 {
+        if slots.len() <= INLINE {
+            return inline_word(slots);
+        }
         let hash = hash_of(slots);
         let mut table = self.table.lock();
         // SAFETY: addresses in the table are those of sets whose memory is not freed: `release` takes them out first.
         let known = table.find(hash, |address| unsafe { &*(*address as *const Set) }.slots[..] == *slots).copied();
         if let Some(address) = known
-            && self.acquire(address as u64)
+            && self.acquire(address as u64, times)
         {
             return address as u64;
         }
-        let set = Box::new(Set { blocks: AtomicUsize::new(1), slots: slots.into() });
+        let set = Box::new(Set { blocks: AtomicUsize::new(times), slots: slots.into() });
         self.bytes.fetch_add(set.bytes(), Ordering::Relaxed);
         let address = Box::into_raw(set) as usize;
         if let Some(dead) = known {
@@ -181,15 +134,14 @@ impl Sets {
         address as u64
     }
 
-    /// Says that the table of blocks has a word once less.
-    #[inline]
-    pub fn release(&self, word: u64, guard: &Guard) {
-        if word & TAG != 0 || word == 0 {
+    /// Says that a word is referred to so many times less.
+    fn release(&self, word: u64, times: usize, guard: &Guard) {
+        if word & TAG != 0 || word == 0 || times == 0 {
             return;
         }
-        // SAFETY: the caller has a reference, so the set is alive.
+        // SAFETY: the caller has these references, so the set is alive.
         let set = unsafe { &*(word as *const Set) };
-        if set.blocks.fetch_sub(1, Ordering::AcqRel) > 1 {
+        if set.blocks.fetch_sub(times, Ordering::AcqRel) > times {
             return;
         }
         if let Ok(entry) = self.table.lock().find_entry(hash_of(&set.slots), |address| *address as u64 == word) {
@@ -199,6 +151,106 @@ impl Sets {
         // SAFETY: the count reached zero once and never rises from it, so this happens once; the table has the address
         // no longer, and readers that have it are pinned, which is what the deferral waits for.
         unsafe { guard.defer_unchecked(move || drop(Box::from_raw(word as *mut Set))) };
+    }
+}
+
+/// How many different changes are known at a time, and how many references are taken at once.
+const KNOWN: usize = 8;
+const CREDIT: usize = 64;
+
+/// A change of a word, which most blocks of a chain repeat.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    before: u64,
+    after: u64,
+    more: bool,
+    /// References to `after` that are taken and not used yet.
+    credit: usize,
+    /// References to `before` that are not used any more and not given back yet.
+    debt: usize,
+}
+
+/// Changes of words by one slot, for one writer. References to sets are counted when it is dropped or needs the room:
+/// later than they are given up and before they are used, so that no set dies early.
+pub struct Changes<'a> {
+    sets: &'a Sets,
+    guard: &'a Guard,
+    slot: SlotId,
+    known: [Known; KNOWN],
+}
+
+impl Changes<'_> {
+    /// The word with the slot in it, None where it is already. The caller puts it in the old one's place at once.
+    #[inline]
+    pub fn with(&mut self, word: u64) -> Option<u64> {
+        if word == 0 {
+            return Some(inline_word(&[self.slot]));
+        }
+        self.known_or(word, true)
+    }
+
+    /// The word without the slot, None where it is not in it. The caller puts it in the old one's place at once.
+    #[inline]
+    pub fn without(&mut self, word: u64) -> Option<u64> {
+        if word == inline_word(&[self.slot]) {
+            return Some(0);
+        }
+        if word == 0 {
+            return None;
+        }
+        self.known_or(word, false)
+    }
+
+    #[inline]
+    fn known_or(&mut self, word: u64, more: bool) -> Option<u64> {
+        let number = (word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 61) as usize;
+        let known = &mut self.known[number];
+        if known.before == word && known.more == more {
+            if known.credit == 0 && self.sets.acquire(known.after, CREDIT) {
+                known.credit = CREDIT;
+            }
+            if known.credit > 0 {
+                known.credit -= 1;
+                known.debt += 1;
+                return Some(known.after);
+            }
+        }
+        self.change(number, word, more)
+    }
+
+    #[cold]
+    fn change(&mut self, number: usize, word: u64, more: bool) -> Option<u64> {
+        let before = slots_of(word, self.guard);
+        let slots = before.as_slice();
+        let place = slots.binary_search(&self.slot);
+        if place.is_ok() == more {
+            return None;
+        }
+        let (Ok(place) | Err(place)) = place;
+        let mut after = Vec::with_capacity(slots.len() + 1);
+        after.extend_from_slice(&slots[..place]);
+        if more {
+            after.push(self.slot);
+        }
+        after.extend_from_slice(&slots[place + usize::from(!more)..]);
+        let after = self.sets.word(&after, CREDIT);
+        let known = Known { before: word, after, more, credit: CREDIT - 1, debt: 1 };
+        let last = std::mem::replace(&mut self.known[number], known);
+        self.settle(last);
+        Some(after)
+    }
+
+    fn settle(&self, known: Known) {
+        self.sets.release(known.before, known.debt, self.guard);
+        self.sets.release(known.after, known.credit, self.guard);
+    }
+}
+
+impl Drop for Changes<'_> {
+    fn drop(&mut self) {
+        for known in self.known {
+            self.settle(known);
+        }
     }
 }
 
@@ -224,30 +276,28 @@ mod tests {
 
     #[test]
     fn words_hold_what_was_put_in_and_equal_words_mean_equal_holders() {
-        let (sets, mut memo) = (Sets::default(), (Memo::default(), Memo::default()));
+        let sets = Sets::default();
         let (mut words, mut models) = (vec![0u64; 40], vec![BTreeSet::new(); 40]);
-        let replace = |word: &mut u64, after: Option<u64>, guard: &Guard| {
-            if let Some(after) = after {
-                sets.release(std::mem::replace(word, after), guard);
-            }
-        };
         let mut state = 99u64;
         for _ in 0..40_000 {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let (number, slot) = ((state >> 33) as usize % 40, (state >> 45) as u32 % 12 * 80_000);
             let guard = &pin();
-            // a memo belongs to one slot
-            if state >> 62 != 0 {
-                memo.0 = Memo::default();
-                let after = sets.with(words[number], slot, &mut memo.0, guard);
-                assert_eq!(after.is_some(), models[number].insert(slot));
-                replace(&mut words[number], after, guard);
-            } else {
-                memo.1 = Memo::default();
-                let after = sets.without(words[number], slot, &mut memo.1, guard);
-                assert_eq!(after.is_some(), models[number].remove(&slot));
-                replace(&mut words[number], after, guard);
+            let mut changes = sets.changes(slot, guard);
+            // some blocks one after the other, mostly with the same holders
+            for number in number..(number + 3).min(40) {
+                let after = if state >> 62 != 0 {
+                    let after = changes.with(words[number]);
+                    assert_eq!(after.is_some(), models[number].insert(slot));
+                    after
+                } else {
+                    let after = changes.without(words[number]);
+                    assert_eq!(after.is_some(), models[number].remove(&slot));
+                    after
+                };
+                words[number] = after.unwrap_or(words[number]);
             }
+            drop(changes);
             assert!(slots_of(words[number], guard).as_slice().iter().eq(&models[number]));
             for other in 0..40 {
                 assert_eq!(words[other] == words[number], models[other] == models[number]);
@@ -256,7 +306,7 @@ mod tests {
         for word in &mut words {
             let guard = &pin();
             while let Some(slot) = slots_of(*word, guard).as_slice().first().copied() {
-                replace(word, sets.without(*word, slot, &mut Memo::default(), guard), guard);
+                *word = sets.changes(slot, guard).without(*word).unwrap_or_default();
             }
         }
         assert_eq!(sets.bytes(), 0);

@@ -22,7 +22,7 @@ use crossbeam_epoch::pin;
 use hashbrown::{HashMap, HashSet};
 use parking_lot::{Mutex, RwLock};
 
-use crate::blocks::Blocks;
+use crate::blocks::{Blocks, Step};
 use crate::events::{EngineHash, Event};
 use crate::groups::GroupSpec;
 use crate::ledger::{Counters, Here, Known, Ledger, Limits, Slot, Tier, count};
@@ -212,9 +212,8 @@ impl Index {
             tracked.wanting.store(true, Ordering::SeqCst);
         }
         let asked_for = self.fleet_wide.load(Ordering::SeqCst) > usize::from(tracked.fleet_wide);
+        let here = self.here(tracked.fleet_wide.then_some(elsewhere));
         for events in batches {
-            let guard = &pin();
-            let here = self.here(guard, tracked.fleet_wide.then_some(elsewhere));
             for event in events {
                 match event {
                     Event::Stored(event) => {
@@ -233,11 +232,13 @@ impl Index {
                     }
                     Event::Cleared => {
                         count(&self.counters.cleared, 1);
+                        ledger.settle(&here);
                         dead.push(self.renew(&tracked, &mut ledger, true));
                     }
                 }
             }
         }
+        ledger.settle(&here);
         self.settle(&tracked, &mut ledger);
         drop(ledger);
         self.reclaim_all(dead);
@@ -248,14 +249,9 @@ impl Index {
         Ok(())
     }
 
-    fn here<'a>(
-        &'a self,
-        guard: &'a crossbeam_epoch::Guard,
-        elsewhere: Option<&'a dyn Fn(EngineHash) -> Option<Known>>,
-    ) -> Here<'a> {
+    fn here<'a>(&'a self, elsewhere: Option<&'a dyn Fn(EngineHash) -> Option<Known>>) -> Here<'a> {
         Here {
             blocks: &self.blocks,
-            guard,
             counters: &self.counters,
             limits: &self.limits,
             secret: self.secret,
@@ -290,14 +286,14 @@ impl Index {
                 names.iter().filter_map(|name| Some((*name, ledger.find(*name, 0, self.secret)?))).collect()
             };
             let mut ledger = other.ledger.lock();
-            let guard = &pin();
-            let here = self.here(guard, None);
+            let here = self.here(None);
             if ledger.gone {
                 continue;
             }
             for (name, known) in known {
                 ledger.place(name, known, &here);
             }
+            ledger.settle(&here);
             self.settle(&other, &mut ledger);
         }
     }
@@ -360,8 +356,7 @@ impl Index {
         let Some(before) = Instant::now().checked_sub(ttl) else { return };
         for tracked in self.all() {
             let mut ledger = tracked.ledger.lock();
-            let guard = &pin();
-            ledger.expire(before, &self.here(guard, None));
+            ledger.expire(before, &self.here(None));
             self.settle(&tracked, &mut ledger);
         }
     }
@@ -416,8 +411,8 @@ impl Index {
     fn reclaim(&self, slot: &Slot) {
         let mut keys = slot.keys().peekable();
         while keys.peek().is_some() {
-            let some: Vec<u64> = keys.by_ref().take(SWEEP).collect();
-            self.blocks.release(slot.id, &some, &pin());
+            let some: Vec<Step> = keys.by_ref().take(SWEEP).map(|key| Step { key, holds: false }).collect();
+            self.blocks.take(slot.id, &some, &mut HashMap::new(), &pin());
         }
         self.slots.give_back(slot.id);
     }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use crossbeam_epoch::Guard;
+use crossbeam_epoch::pin;
 use hashbrown::HashMap;
 
-use crate::blocks::Blocks;
+use crate::blocks::{Blocks, Step};
 use crate::events::{EngineHash, Removed, Stored};
 use crate::groups::GroupSpec;
 use crate::holders::SlotId;
@@ -76,6 +76,10 @@ impl Tier {
         }
     }
 }
+
+/// How many steps are kept back at most, and for how many the room is kept.
+const DUE: usize = 1024;
+const KEPT: usize = 64;
 
 /// A block key and the size of its block.
 pub type Known = (u64, u32);
@@ -204,24 +208,6 @@ impl Slot {
             + self.aliases.capacity() * 17
             + seen
     }
-
-    fn forget(&mut self, gone: &mut Vec<u64>, at: &Here) {
-        if !self.aliases.is_empty() {
-            gone.retain(|key| match self.aliases.get_mut(key) {
-                None => true,
-                Some(1) => {
-                    self.aliases.remove(key);
-                    false
-                }
-                Some(more) => {
-                    *more -= 1;
-                    false
-                }
-            });
-        }
-        at.blocks.release(self.id, gone, at.guard);
-        gone.clear();
-    }
 }
 
 /// Removed blocks whose tokens are still known, for events that name them without tokens.
@@ -264,7 +250,6 @@ pub struct Limits {
 /// What a ledger works on. It owns none of it.
 pub struct Here<'a> {
     pub blocks: &'a Blocks,
-    pub guard: &'a Guard,
     pub counters: &'a Counters,
     pub limits: &'a Limits,
     /// Multiplies engine hashes.
@@ -290,7 +275,9 @@ pub struct Ledger {
     /// The source is no longer followed.
     pub gone: bool,
     keys: Vec<u64>,
-    new: Vec<u64>,
+    /// What is still to be done to the table of blocks, for one slot; see `settle`.
+    due: Vec<Step>,
+    due_slot: usize,
 }
 
 impl Ledger {
@@ -307,7 +294,8 @@ impl Ledger {
             accounted: 0,
             gone: false,
             keys: Vec::new(),
-            new: Vec::new(),
+            due: Vec::new(),
+            due_slot: 0,
         }
     }
 
@@ -449,13 +437,12 @@ impl Ledger {
     }
 
     fn hold(&mut self, slot: usize, hashes: &[EngineHash], keys: &[u64], at: &Here) {
+        self.turn_to(slot, at);
         let slot = &mut self.slots[slot];
-        let new = &mut self.new;
-        new.clear();
         for (name, key) in hashes.iter().zip(keys) {
             let before = slot.held.insert_or_get(*name, *key, at.secret);
             if before == 0 {
-                new.push(*key);
+                self.due.push(Step { key: *key, holds: true });
             } else if before != *key {
                 count(&at.counters.hash_conflicts, 1);
                 self.conflicts = true;
@@ -470,8 +457,25 @@ impl Ledger {
                 seen.announce(*name, now);
             }
         }
-        let aliases = &mut slot.aliases;
-        at.blocks.hold(slot.id, new, at.guard, |key| *aliases.entry(key).or_insert(0) += 1);
+    }
+
+    /// Makes steps that follow be those of a slot. There are not too many of them yet.
+    fn turn_to(&mut self, slot: usize, at: &Here) {
+        if slot != self.due_slot || self.due.len() >= DUE {
+            self.settle(at);
+            self.due_slot = slot;
+        }
+    }
+
+    /// Does to the table of blocks what is still to be done, for many blocks at a time. At the latest before the lock of
+    /// the ledger is let go.
+    pub fn settle(&mut self, at: &Here) {
+        if !self.due.is_empty() {
+            let slot = &mut self.slots[self.due_slot];
+            at.blocks.take(slot.id, &self.due, &mut slot.aliases, &pin());
+            self.due.clear();
+            self.due.shrink_to(KEPT);
+        }
     }
 
     /// Applies a removal. It takes one copy of each hash.
@@ -490,7 +494,6 @@ impl Ledger {
                 self.slots[slot].held.prefetch(*name, at.secret);
             }
         }
-        let (mut gone, mut gone_from) = (Vec::new(), 0);
         for name in hashes {
             let holder = slots.iter().copied().find(|slot| self.slots[*slot].held.get(*name, at.secret) != 0);
             let mut waited = false;
@@ -503,47 +506,36 @@ impl Ledger {
             };
             let slot = &mut self.slots[holder];
             match slot.copies.get_mut(name) {
-                None => {
-                    if gone_from != holder && !gone.is_empty() {
-                        self.slots[gone_from].forget(&mut gone, at);
-                    }
-                    gone_from = holder;
-                    gone.push(self.drop_name(holder, *name, at));
-                }
+                None => self.drop_name(holder, *name, at),
                 Some(2) => {
                     slot.copies.remove(name);
                 }
                 Some(copies) => *copies -= 1,
             }
         }
-        if !gone.is_empty() {
-            self.slots[gone_from].forget(&mut gone, at);
-        }
     }
 
-    /// Takes a name out of a slot that has it, remembers it, and gives its key.
-    fn drop_name(&mut self, slot: usize, name: EngineHash, at: &Here) -> u64 {
+    /// Takes a name out of a slot that has it, and remembers it.
+    fn drop_name(&mut self, slot: usize, name: EngineHash, at: &Here) {
+        self.turn_to(slot, at);
         let slot = &mut self.slots[slot];
         let key = slot.held.remove(name, at.secret);
+        self.due.push(Step { key, holds: false });
         self.remembered.keep(name, (key, slot.block_size), at.limits.remembered_blocks);
-        key
     }
 
     /// Drops blocks last announced before that time on media whose removals are never announced.
     pub fn expire(&mut self, before: Instant, at: &Here) {
         for number in 0..self.slots.len() {
-            let mut gone = Vec::new();
             while let Some(name) = self.slots[number].seen.as_mut().and_then(|seen| seen.pop_before(before)) {
                 self.slots[number].copies.remove(&name);
                 if self.slots[number].held.get(name, at.secret) != 0 {
-                    gone.push(self.drop_name(number, name, at));
+                    self.drop_name(number, name, at);
                     count(&at.counters.expired, 1);
                 }
             }
-            if !gone.is_empty() {
-                self.slots[number].forget(&mut gone, at);
-            }
         }
+        self.settle(at);
     }
 
     /// Whether there is nothing to evict.

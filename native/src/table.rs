@@ -90,12 +90,18 @@ impl<const W: usize> Table<W> {
     }
 
     fn layout(homes: usize, spare: usize) -> Layout {
-        Layout::array::<Row<W>>(homes + spare + 1).expect("a table is never larger than memory")
+        Layout::array::<Row<W>>(homes + spare + 2).expect("a table is never larger than memory")
+    }
+
+    /// Rows in memory. The last one is a gap always, the one before it unless `insert` says otherwise.
+    #[inline]
+    fn count(&self) -> usize {
+        self.homes + self.spare + 2
     }
 
     #[inline]
-    fn count(&self) -> usize {
-        self.homes + self.spare + 1
+    fn last(&self) -> usize {
+        self.homes + self.spare
     }
 
     /// Bytes of memory.
@@ -179,22 +185,21 @@ impl<const W: usize> Table<W> {
         self.rows()[number].value() == 0
     }
 
-    /// Puts a row at the vacant place of its key; says no where the table has no room there.
+    /// Puts a row at the vacant place of its key. Says no when that was the last one with room at the end: the table has to
+    /// be replaced before the next.
+    #[inline]
     pub fn insert(&self, number: usize, key: [u64; W], value: u64) -> bool {
-        let rows = self.rows();
-        let mut gap = number;
-        while rows[gap].value() != 0 {
-            gap += 1;
+        let (mut number, mut key, mut value) = (number, key, value);
+        loop {
+            let row = &self.rows()[number];
+            let moved = (row.key(), row.value());
+            row.set(key, value);
+            if moved.1 == 0 {
+                return number < self.last();
+            }
+            (key, value) = moved;
+            number += 1;
         }
-        if gap + 1 == rows.len() {
-            return false; // the last row stays a gap: it ends every look-up
-        }
-        while gap > number {
-            rows[gap].set(rows[gap - 1].key(), rows[gap - 1].value());
-            gap -= 1;
-        }
-        rows[number].set(key, value);
-        true
     }
 
     /// Takes a row out and moves those after it back towards their homes.
@@ -202,7 +207,7 @@ impl<const W: usize> Table<W> {
         let rows = self.rows();
         let mut gap = number;
         loop {
-            let next = &rows[gap + 1]; // the last row is a gap, so there is a next one
+            let next = &rows[gap + 1]; // the last rows are gaps, so there is a next one
             if next.value() == 0 || self.home(&next.key()) > gap {
                 break;
             }
@@ -224,7 +229,7 @@ impl<const W: usize> Table<W> {
         }
     }
 
-    /// A copy with room for rows that `insert` found none for.
+    /// A copy with more room at the end.
     pub fn with_more_spare(&self) -> Self {
         self.copy(self.homes, 2 * self.spare + 8).expect("a larger table holds what a smaller one did")
     }
@@ -239,7 +244,7 @@ impl<const W: usize> Table<W> {
             // Gaps are copied too, where the next row may overwrite them: whether a row is a gap cannot be predicted,
             // and a wrong guess costs more than a copy.
             let number = table.home(&key).max(next);
-            if number + 1 >= rows.len() {
+            if number >= table.last() {
                 if value == 0 {
                     continue;
                 }
@@ -278,7 +283,7 @@ fn advise_large_pages(_: *mut u8, _: usize) {}
 
 /// How many homes a table of `len` rows should have when it was too small or too large.
 pub fn homes_for(len: usize) -> usize {
-    if len < 1 << 12 { (len * 2).max(8) } else { len + len / 2 + len / 16 } // a load of 0.64
+    if len < 1 << 15 { (len * 2).max(8) } else { len + len / 2 + len / 16 } // a load of 0.64
 }
 
 /// Says whether `len` rows are too many for that many homes.
@@ -342,11 +347,11 @@ impl<const W: usize> Map<W> {
                     self.table = self.table.resized(homes_for(self.len + 1));
                 }
                 Place::Vacant(number) => {
-                    if self.table.insert(number, key, value) {
-                        self.len += 1;
-                        return 0;
+                    self.len += 1;
+                    if !self.table.insert(number, key, value) {
+                        self.table = self.table.with_more_spare();
                     }
-                    self.table = self.table.with_more_spare();
+                    return 0;
                 }
             }
         }

@@ -2,7 +2,8 @@
 
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList, PyString};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyDict, PyList, PyMappingProxy, PyString};
 
 use crate::events::{self, EngineHash, Event, Lora, Removed, Stored};
 use crate::wire::{DecodeError, decode_batch};
@@ -17,7 +18,7 @@ pub struct Batch {
 impl Batch {
     /// Takes events as `indexer.events` has them.
     #[new]
-    fn new(events: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub fn new(events: &Bound<'_, PyAny>) -> PyResult<Self> {
         let events = events.try_iter()?.map(|event| event_of(&event?)).collect::<PyResult<_>>()?;
         Ok(Self { batch: events::Batch { events, ..Default::default() } })
     }
@@ -46,12 +47,17 @@ impl Batch {
     }
 
     #[getter]
-    fn discards<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+    fn discards<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyMappingProxy>> {
+        static NONE: PyOnceLock<Py<PyMappingProxy>> = PyOnceLock::new();
+        if self.batch.discards.is_empty() {
+            let none = || PyMappingProxy::new(py, PyDict::new(py).as_mapping()).unbind();
+            return Ok(NONE.get_or_init(py, none).bind(py).clone());
+        }
         let discards = PyDict::new(py);
         for (reason, count) in &self.batch.discards {
             discards.set_item(reason, count)?;
         }
-        Ok(discards)
+        Ok(PyMappingProxy::new(py, discards.as_mapping()))
     }
 
     #[getter]

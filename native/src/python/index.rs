@@ -56,10 +56,12 @@ impl Index {
         Ok(self.index.register(name_of(source)?, model, counted, fleet_wide, || Box::new(label)).ok())
     }
 
-    /// Applies batches in order; says no where the source is not followed.
-    fn apply(&self, source: &Bound<'_, PyTuple>, batches: Vec<PyRef<'_, Batch>>) -> PyResult<bool> {
+    /// Applies batches in order, decoded ones or events as `indexer.events` has them; says no where the source is not
+    /// followed.
+    fn apply(&self, source: &Bound<'_, PyTuple>, batches: &Bound<'_, PyAny>) -> PyResult<bool> {
         let name = name_of(source)?;
-        let events: Vec<&[Event]> = batches.iter().map(|batch| &batch.batch.events[..]).collect();
+        let batches: Vec<Bound<'_, Batch>> = batches.try_iter()?.map(|batch| batch_of(batch?)).collect::<PyResult<_>>()?;
+        let events: Vec<&[Event]> = batches.iter().map(|batch| &batch.get().batch.events[..]).collect();
         Ok(source.py().detach(|| self.index.apply(&name, events)).is_ok())
     }
 
@@ -157,6 +159,16 @@ impl Index {
     /// Blocks that somebody holds, and sources that are followed.
     fn counts(&self, py: Python<'_>) -> (usize, usize) {
         py.detach(|| self.index.counts())
+    }
+}
+
+fn batch_of(batch: Bound<'_, PyAny>) -> PyResult<Bound<'_, Batch>> {
+    match batch.cast_into::<Batch>() {
+        Ok(batch) => Ok(batch),
+        Err(other) => {
+            let events = other.into_inner();
+            Bound::new(events.py(), Batch::new(&events)?)
+        }
     }
 }
 
