@@ -1,5 +1,7 @@
 //! Block keys: the twin of `indexer/keys.py`.
 
+use std::slice::{self, ChunksExact};
+
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::events::Lora;
@@ -31,27 +33,42 @@ pub fn root_key(model: &str, block_size: u32, lora: Option<&Lora>, salt: Option<
     xxh3_64(&text)
 }
 
-/// Appends the keys of the whole blocks in `tokens`, the first following `parent`. With extras it stops where they end.
-pub fn extend_chain(parent: u64, tokens: &[u32], block_size: usize, extras: Option<&[Vec<u8>]>, keys: &mut Vec<u64>) {
-    let mut key = parent;
-    match extras {
-        None => {
-            keys.reserve(tokens.len() / block_size);
-            for block in tokens.chunks_exact(block_size) {
-                key = with_bytes(block, |bytes| xxh3_64_with_seed(bytes, key));
-                keys.push(key);
+/// The keys of the whole blocks in `tokens`, the first following `parent`. With extras it stops where they end.
+pub fn chain<'a>(parent: u64, tokens: &'a [u32], block_size: usize, extras: Option<&'a [Vec<u8>]>) -> Chain<'a> {
+    Chain { key: parent, blocks: tokens.chunks_exact(block_size), extras: extras.map(<[_]>::iter), row: Vec::new() }
+}
+
+/// See `chain`. Who does something with each key before he asks for the next does it while that is being computed: each
+/// depends on the one before, so the processor has time.
+pub struct Chain<'a> {
+    key: u64,
+    blocks: ChunksExact<'a, u32>,
+    extras: Option<slice::Iter<'a, Vec<u8>>>,
+    row: Vec<u8>,
+}
+
+impl Iterator for Chain<'_> {
+    type Item = u64;
+
+    #[inline]
+    fn next(&mut self) -> Option<u64> {
+        let block = self.blocks.next()?;
+        self.key = match &mut self.extras {
+            None => with_bytes(block, |bytes| xxh3_64_with_seed(bytes, self.key)),
+            Some(extras) => {
+                self.row.clear();
+                with_bytes(block, |bytes| self.row.extend_from_slice(bytes));
+                self.row.extend_from_slice(extras.next()?);
+                xxh3_64_with_seed(&self.row, self.key)
             }
-        }
-        Some(extras) => {
-            let mut row = Vec::with_capacity(4 * block_size + 64);
-            for (block, extra) in tokens.chunks_exact(block_size).zip(extras) {
-                row.clear();
-                with_bytes(block, |bytes| row.extend_from_slice(bytes));
-                row.extend_from_slice(extra);
-                key = xxh3_64_with_seed(&row, key);
-                keys.push(key);
-            }
-        }
+        };
+        Some(self.key)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let blocks = self.blocks.len();
+        let keys = self.extras.as_ref().map_or(blocks, |extras| extras.len().min(blocks));
+        (keys, Some(keys))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::blocks::{Blocks, Step};
 use crate::events::{EngineHash, Removed, Stored};
 use crate::groups::GroupSpec;
 use crate::holders::SlotId;
-use crate::keys::{extend_chain, root_key};
+use crate::keys::{chain, root_key};
 use crate::slots::Slots;
 use crate::table::Map;
 use crate::waiting::{Place, WaitingRoom};
@@ -274,7 +274,6 @@ pub struct Ledger {
     pub accounted: usize,
     /// The source is no longer followed.
     pub gone: bool,
-    keys: Vec<u64>,
     /// What is still to be done to the table of blocks, for one slot; see `settle`.
     due: Vec<Step>,
     due_slot: usize,
@@ -293,7 +292,6 @@ impl Ledger {
             evicted: None,
             accounted: 0,
             gone: false,
-            keys: Vec::new(),
             due: Vec::new(),
             due_slot: 0,
         }
@@ -393,17 +391,14 @@ impl Ledger {
         }
         // an engine may send a token more than its blocks hold (WIRE B1a)
         let tokens = &event.token_ids[..event.token_ids.len().min(width * hashes.len())];
-        let mut keys = std::mem::take(&mut self.keys);
-        keys.clear();
-        extend_chain(parent, tokens, width, event.extras.as_deref(), &mut keys);
-        count(&at.counters.partial_blocks, hashes.len() - keys.len());
-        self.hold(slot, hashes, &keys, at);
+        let keys = || chain(parent, tokens, width, event.extras.as_deref());
+        let held = self.hold(slot, hashes, keys(), at);
+        count(&at.counters.partial_blocks, hashes.len() - held);
         if self.waiting.has_unplaced() {
-            for (name, key) in hashes.iter().zip(&keys) {
-                self.place(*name, (*key, size), at);
+            for (name, key) in hashes.iter().zip(keys()) {
+                self.place(*name, (key, size), at);
             }
         }
-        self.keys = keys;
         true
     }
 
@@ -419,7 +414,7 @@ impl Ledger {
                 }
                 Some((key, size)) => {
                     if let Some(slot) = self.slot(&place.medium, place.group, size, at) {
-                        self.hold(slot, &[*name], &[key], at);
+                        self.hold(slot, &[*name], [key].into_iter(), at);
                     }
                 }
             }
@@ -431,19 +426,22 @@ impl Ledger {
         let (key, size) = known;
         for place in self.waiting.placed(name, size) {
             if let Some(slot) = self.slot(&place.medium, place.group, size, at) {
-                self.hold(slot, &[name], &[key], at);
+                self.hold(slot, &[name], [key].into_iter(), at);
             }
         }
     }
 
-    fn hold(&mut self, slot: usize, hashes: &[EngineHash], keys: &[u64], at: &Here) {
+    /// Gives the number of blocks: as many as there are keys.
+    fn hold(&mut self, slot: usize, hashes: &[EngineHash], keys: impl Iterator<Item = u64>, at: &Here) -> usize {
         self.turn_to(slot, at);
         let slot = &mut self.slots[slot];
+        let mut held = 0;
         for (name, key) in hashes.iter().zip(keys) {
-            let before = slot.held.insert_or_get(*name, *key, at.secret);
+            held += 1;
+            let before = slot.held.insert_or_get(*name, key, at.secret);
             if before == 0 {
-                self.due.push(Step { key: *key, holds: true });
-            } else if before != *key {
+                self.due.push(Step { key, holds: true });
+            } else if before != key {
                 count(&at.counters.hash_conflicts, 1);
                 self.conflicts = true;
             } else if self.counted {
@@ -453,10 +451,11 @@ impl Ledger {
         }
         if let Some(seen) = &mut slot.seen {
             let now = Instant::now();
-            for name in &hashes[..keys.len()] {
+            for name in &hashes[..held] {
                 seen.announce(*name, now);
             }
         }
+        held
     }
 
     /// Makes steps that follow be those of a slot. There are not too many of them yet.

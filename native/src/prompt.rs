@@ -1,7 +1,7 @@
 //! The block keys of a prompt, computed once and only as far as somebody asks: the twin of `indexer/prompt.py`.
 
 use crate::events::Lora;
-use crate::keys::{ImageItem, extend_chain, image_extra, root_key};
+use crate::keys::{ImageItem, chain, image_extra, root_key};
 
 /// What decides, besides its tokens, which cached blocks fit a prompt; and the keys computed so far.
 pub struct PromptKeys {
@@ -43,7 +43,7 @@ impl PromptKeys {
                 let start = |block: usize| (block * width) as u64;
                 (done..upto).map(|block| image_extra(&self.images, start(block), start(block + 1), bare)).collect()
             });
-            extend_chain(parent, &tokens[done * width..upto * width], width, extras.as_deref(), keys);
+            keys.extend(chain(parent, &tokens[done * width..upto * width], width, extras.as_deref()));
         }
         keys
     }

@@ -60,7 +60,8 @@ impl Index {
     /// followed.
     fn apply(&self, source: &Bound<'_, PyTuple>, batches: &Bound<'_, PyAny>) -> PyResult<bool> {
         let name = name_of(source)?;
-        let batches: Vec<Bound<'_, Batch>> = batches.try_iter()?.map(|batch| batch_of(batch?)).collect::<PyResult<_>>()?;
+        let batches: Vec<Bound<'_, Batch>> =
+            batches.try_iter()?.map(|batch| batch_of(batch?)).collect::<PyResult<_>>()?;
         let events: Vec<&[Event]> = batches.iter().map(|batch| &batch.get().batch.events[..]).collect();
         Ok(source.py().detach(|| self.index.apply(&name, events)).is_ok())
     }
