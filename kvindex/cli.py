@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from indexer import IndexerError
+from indexer import IndexerError, implementation
 from kvevents import KVEventsError
 from kvindex import config as configuration
 from kvindex import logs
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:  # noqa: FBT001  (typer calls it so)
     if wanted:
-        print(f"kvindex {version('kv-cache-indexer')}")
+        print(f"kvindex {version('kv-cache-indexer')} ({implementation})")
         raise typer.Exit
 
 
@@ -110,6 +110,7 @@ def replay(
     """Play a capture into an index."""
     from kvindex.replay import run_replay
 
+    logs.configure("warning")
     if copies not in ("count", "set"):
         raise UserError(f"--copies {copies}: expected count or set")
     raise typer.Exit(run_replay(file, check=check, copies="set" if copies == "set" else "count", pod=pod, model=model))

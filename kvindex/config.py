@@ -24,6 +24,8 @@ class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Where the index lives."""
 
     url: str = "memory://"
+    max_bytes: Annotated[int, Meta(ge=1_048_576)] | None = None
+    """Memory that an index in this process may take; none: no bound."""
 
 
 class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

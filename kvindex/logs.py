@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from typing import Literal
+import warnings
+from typing import Literal, TextIO
 
 import structlog
 
@@ -23,3 +24,15 @@ def configure(level: str = "info", style: Literal["auto", "json", "console"] = "
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,  # noqa: ARG001
+    lineno: int,  # noqa: ARG001
+    file: TextIO | None = None,  # noqa: ARG001
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    structlog.get_logger("kvindex").warning(str(message), category=category.__name__)

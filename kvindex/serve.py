@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
-from indexer import open_index
+from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
 from kvindex.config import Config
 from kvindex.errors import UserError
@@ -20,7 +20,7 @@ def run_serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Raises `UserError` when the port or an endpoint cannot be had."""
     log = structlog.get_logger("kvindex")
     listener = _listen(config.http.host, config.http.port)
-    index = open_index(config.index.url)
+    index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     with EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies) as pool:
         try:
             for pod in config.pods:
@@ -36,7 +36,7 @@ def run_serve(config: Config) -> int:
             scorer, index, pool, max_tokens=config.http.max_tokens, max_body_bytes=config.http.max_body_bytes
         )
         host, port = listener.getsockname()[:2]
-        log.info("serving", url=f"http://{host}:{port}", pods=len(config.pods), index=config.index.url)
+        log.info("serving", url=f"http://{host}:{port}", pods=len(config.pods), index=repr(index))
         server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         server.run(sockets=[listener])
         log.info("stopped")

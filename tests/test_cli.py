@@ -41,6 +41,16 @@ def test_replay_checks_a_capture():
     assert "the engine" in wrong.stdout
 
 
+def test_a_missing_core_is_one_line_of_the_log():
+    program = "import sys; sys.modules['indexer._native'] = None; from kvindex.cli import main; main()"
+    environ = {key: value for key, value in os.environ.items() if key != "KVINDEX_IMPL"}
+    command = [sys.executable, "-c", program, "replay", str(GOLDEN[0]), "--check"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, env=environ)
+    (line,) = answer.stderr.splitlines()
+    assert json.loads(line)["category"] == "RuntimeWarning"
+    assert "ten times slower" in line
+
+
 def test_the_demo_ends_with_equal_answers():
     answer = run("demo", "--requests", "60", "--seconds", "1")
     assert answer.returncode == 0, answer.stdout + answer.stderr

@@ -19,8 +19,10 @@ tier_weights = { cpu = 0.5 }
 def test_file_and_environment(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text(TOML)
-    config = load(file, {"KVINDEX_HTTP_PORT": "9000", "KVINDEX_POOL_WORKERS": "3", "OTHER": "x"})
+    environ = {"KVINDEX_HTTP_PORT": "9000", "KVINDEX_POOL_WORKERS": "3", "KVINDEX_INDEX_MAX_BYTES": "2000000"}
+    config = load(file, environ | {"OTHER": "x", "KVINDEX_IMPL": "python"})
     assert (config.http.port, config.pool.workers, config.pods[0].pod) == (9000, 3, "a")
+    assert (config.index.max_bytes, Config().index.max_bytes) == (2_000_000, None)
     assert config.scorer.tier_weights == {"cpu": 0.5}
     yaml = tmp_path / "c.yaml"
     yaml.write_text(
@@ -48,6 +50,7 @@ def test_lists_and_maps_are_json_in_the_environment():
         ("[pool]\nworkers=0", "pool.workers"),
         ("[[pods]]\npod='a'", "endpoint"),
         ("[pool]\ncopies='x'", "pool.copies"),
+        ("[index]\nmax_bytes=1000", "index.max_bytes"),
         ("[scorer]\ntier_weights={gpu=-1}", "scorer.tier_weights"),
         ("[scorer]\ntier_weights={gpu=inf}", "scorer.tier_weights"),
         ("nonsense", "c.toml"),
