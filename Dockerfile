@@ -1,12 +1,16 @@
-FROM docker.io/library/python:3.11-slim-bookworm AS build
+FROM docker.io/library/rust:1-slim-bookworm AS core
 WORKDIR /src
+RUN command -v pip3 >/dev/null || { apt-get update && apt-get install -y --no-install-recommends python3-pip; }
+COPY . .
+RUN KVINDEX_BUILD_NATIVE=yes pip3 wheel --no-cache-dir --no-deps . -w /wheels
+
+FROM docker.io/library/python:3.11-slim-bookworm AS build
 RUN python -m venv /opt/kvindex
 COPY requirements.lock .
 # Only what the lock names, with its hash; the install below then takes the runtime part of it and nothing else.
 RUN pip download --no-cache-dir --require-hashes -r requirements.lock -d /wheels
-COPY . .
-RUN pip wheel --no-cache-dir --no-deps . -w /wheels \
- && /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels kv-cache-indexer \
+COPY --from=core /wheels /wheels
+RUN /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels kv-cache-indexer \
  && /opt/kvindex/bin/pip uninstall -y setuptools pip
 
 FROM docker.io/library/python:3.11-slim-bookworm

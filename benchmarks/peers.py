@@ -17,7 +17,7 @@ bytes made beforehand, with the tokens of each block already hashed, prompts as 
 hashed. Rows that say so give both the same: payload bytes, or lists of tokens. What one caller does is measured on one
 core: Dynamo's index answers from a thread of its own, and the way to a core that sleeps costs more than the answer.
 
-Dynamo is optional (`pip install ai-dynamo-runtime`): without it this index is measured alone.
+Dynamo is optional (`pip install kv-cache-indexer[peers]`): without it this index is measured alone.
 """
 
 import argparse

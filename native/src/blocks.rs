@@ -238,6 +238,7 @@ impl Blocks {
             self.bytes.fetch_sub(before.deref().bytes(), Ordering::Relaxed);
             guard.defer_destroy(before);
         }
+        guard.flush(); // tables are large: they should not wait until many of them are given back together
     }
 }
 

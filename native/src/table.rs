@@ -281,9 +281,13 @@ fn advise_large_pages(memory: *mut u8, size: usize) {
 #[cfg(not(target_os = "linux"))]
 fn advise_large_pages(_: *mut u8, _: usize) {}
 
-/// How many homes a table of `len` rows should have when it was too small or too large.
+/// How many homes a table of `len` rows should have when it was too small or too large: the larger, the less spare room.
 pub fn homes_for(len: usize) -> usize {
-    if len < 1 << 15 { (len * 2).max(8) } else { len + len / 2 + len / 16 } // a load of 0.64
+    match len {
+        0..0x1000 => (len * 2).max(8),
+        0x1000..0x8000 => len + len / 2 + len / 4,
+        _ => len + len / 2 + len / 16,
+    }
 }
 
 /// Says whether `len` rows are too many for that many homes.
