@@ -1,15 +1,15 @@
 """Both implementations of the index side by side: `python benchmarks/index.py [--impl native] [--rounds N]`.
 
-They take turns, round by round, and the table has for each the median of the rounds with the lowest and highest, and how
-many times better the first is. Blocks have 16 tokens, stores 32 blocks, chains 2,048 blocks; 64 pods hold 500,000
+They take turns, round by round, and the table has for each the median of the rounds with the lowest and highest, and
+how many times better the first is. Blocks have 16 tokens, stores 32 blocks, chains 2,048 blocks; 64 pods hold 500,000
 (block, pod), each chain on 8 pods drawn by lot; prompts are buffers of uint32.
 
-- hash: tokens to the keys of their blocks.
-- apply: vLLM's payload bytes to the index, from full queues, as a worker of the pool does it: by one thread on one core,
-  and by two that have half the pods each on two cores.
+- hash: tokens to the keys of their blocks, kept in a `Prompt` and as a list of numbers.
+- apply: vLLM's payload bytes to the index, from full queues, as a worker of the pool does it: by one thread on one
+  core, and by two that have half the pods each on two cores.
 - match: a prompt to what each pod holds of it; then the same while a worker applies events without a pause.
-- score: tokens to a dict of pod and score.
-- memory: growth of the resident set of a fresh process for each (block, pod), with each chain on 8 pods and on one.
+- score: tokens to a dict of pod and score; where the core is installed it hashes the prompt for both.
+- memory: growth of the resident set of a fresh process for each (block, pod), each chain on 8 pods and on one.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import structlog
-from report import CORES, Figures, Row, each, machine, note, note_latency, on_cores, resident_bytes, table
+from report import CORES, Figures, Row, best_impl, each, machine, note, note_latency, on_cores, resident_bytes, table
 from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payloads_of, prompts
 
-from indexer import Index, Prompt, Source, block_keys, open_index
-from indexer.keys import block_keys as block_keys_in_python
+from indexer import Index, Source, keys, open_index, prompt
 from kvevents import Message
 from kvevents.apply import Applier
 from kvevents.queue import ShardQueue
@@ -34,6 +34,21 @@ from scorer import PrefixScorer
 
 PODS, SHARE, SHORT, QUESTIONS = 64, 8, 280, 300
 SIZES = (SHORT, CHAIN)
+
+
+class Made(NamedTuple):
+    """How an implementation makes a prompt, and a list of keys."""
+
+    prompt: Callable[..., prompt.Prompt]
+    keys: Callable[..., list[int]]
+
+
+def made_by(impl: str) -> Made:
+    if impl == "python":
+        return Made(prompt.Prompt, keys.block_keys)
+    from indexer import _native, native
+
+    return Made(_native.Prompt, native.block_keys)
 
 
 def open_at(impl: str) -> Index:
@@ -76,11 +91,13 @@ class Bench:
         self._figures: Figures = {}
         self._asked = {blocks: prompts(fleet, blocks) for blocks in SIZES}
         self._filled = {impl: open_at(impl) for impl in impls}
-        for index in self._filled.values():
+        for impl, index in self._filled.items():
             Worker(index, self._messages).work()
             assert index.stats()["held"] == fleet.pairs
             for asked in self._asked[CHAIN]:
-                held = {h.source.pod: h.tokens for h in index.match(Prompt(asked.tokens, MODEL)) if h.tokens}
+                held = {
+                    h.source.pod: h.tokens for h in index.match(made_by(impl).prompt(asked.tokens, MODEL)) if h.tokens
+                }
                 assert held == {f"pod-{pod}": blocks * BLOCK for pod, blocks in asked.holds.items()}
 
     def round(self, number: int) -> None:
@@ -101,10 +118,14 @@ class Bench:
         return table(self._figures, self._impls)
 
     def _hashing(self, impl: str) -> None:
-        hash_tokens = block_keys if impl == "native" else block_keys_in_python
-        with on_cores(1):
-            times = each(lambda tokens: hash_tokens(tokens, MODEL), [asked.tokens for asked in self._asked[CHAIN]])
-        note(self._figures, Row("hash", "ns/block"), impl, statistics.median(times) / CHAIN * 1e9)
+        make, listed = made_by(impl)
+        for row, work in (
+            ("hash", lambda tokens: make(tokens, MODEL).prepare(BLOCK)),
+            ("hash, keys as a list", lambda tokens: listed(tokens, MODEL)),
+        ):
+            with on_cores(1):
+                times = each(work, [asked.tokens for asked in self._asked[CHAIN]])
+            note(self._figures, Row(row, "ns/block"), impl, statistics.median(times) / CHAIN * 1e9)
 
     def _applying(self, impl: str) -> None:
         one = self._rate(impl, 1)
@@ -135,14 +156,14 @@ class Bench:
         return self._fleet.pairs / taken / 1e6
 
     def _matching(self, impl: str) -> None:
-        index = self._filled[impl]
+        index, make = self._filled[impl], made_by(impl).prompt
         for blocks in SIZES:
             with on_cores(1):
-                self._latency(f"match {blocks:,} blocks", impl, blocks, lambda asked: index.match(Prompt(asked, MODEL)))
+                self._latency(f"match {blocks:,} blocks", impl, blocks, lambda asked: index.match(make(asked, MODEL)))
         with pouring(index, self._messages):
             for blocks in SIZES:
                 what = f"match {blocks:,} blocks, events pouring in"
-                self._latency(what, impl, blocks, lambda asked: index.match(Prompt(asked, MODEL)))
+                self._latency(what, impl, blocks, lambda asked: index.match(make(asked, MODEL)))
 
     def _scoring(self, impl: str) -> None:
         scorer = PrefixScorer(self._filled[impl])
@@ -203,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.pairs < CHAIN * SHARE:
         parser.error(f"--pairs: at least {CHAIN * SHARE:,}, one chain on {SHARE} pods")
-    impls = options.impl or ["native", "python"]
+    impls = options.impl or (["native", "python"] if best_impl() == "native" else ["python"])
     fleet = make_fleet(options.pairs, pods=PODS, share=SHARE)
     print(f"{machine()} ({len(CORES)} usable), python {platform.python_version()}")
     print(f"{fleet.pairs:,} (block, pod), {PODS} pods, {len(fleet.chains)} chains, {options.rounds} rounds")

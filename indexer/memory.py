@@ -167,8 +167,9 @@ class MemoryIndex:
 
     def restart(self, source: Source) -> None:
         """Forget what a source holds, see `Index.restart`."""
+        tracked = self._require(source)
         self._counters["restarts_total"] += 1
-        self._renew(self._require(source), keep_groups=False)
+        self._renew(tracked, keep_groups=False)
 
     def degrade(self, source: Source, reason: str) -> None:
         """Say why answers about a source may be wrong, see `Index.degrade`."""
@@ -368,11 +369,9 @@ class MemoryIndex:
     def _make_view(self, model: str) -> list[Reader]:
         mine = [tracked for tracked in self._tracked.values() if tracked.model == model]
         shared = [slot for tracked in mine if tracked.fleet_wide for slot in tracked.ledger.slots.values()]
-        blocks: Counter[int] = Counter()
-        for tracked in mine:
-            for slot in tracked.ledger.slots.values():
-                blocks[slot.block_size] += len(slot.held)
-        sizes = {size for size, _ in blocks.most_common(self._limits.block_sizes)}
+        # by sources, not by blocks: their number depends on the layout alone, and no source has more than its one vote
+        votes = Counter(size for tracked in mine for size in {s.block_size for s in tracked.ledger.slots.values()})
+        sizes = set(sorted(votes, key=lambda size: (-votes[size], size))[: self._limits.block_sizes])
         return [
             Reader(
                 tracked.source,

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, cast
 
 from structlog.typing import FilteringBoundLogger
 
-from indexer import Copies, Decoded, Index, LimitReached, Source
+from indexer import Copies, Decoded, Index, IndexerError, LimitReached, Source
 from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, parse_topic
 from kvevents.stream import Stream, Verdict
@@ -15,6 +16,7 @@ from kvevents.wire import decode_batches
 NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
+FAILED = "error: events could not be applied"
 
 _NEXT = Verdict.NEXT
 _HEALED = frozenset({Verdict.FIRST, Verdict.RESTART})
@@ -73,6 +75,13 @@ class Applier:
                 due = []
         if source is not None:
             self._hand_over(source, due, seq)
+
+    def distrust(self, messages: Sequence[Message]) -> None:
+        """Call the sources of messages degraded that may not have been applied."""
+        pods = {message.pod or parse_topic(message.topic).pod for message in messages}
+        for source in {flow.source for flow in self._flows.values() if flow.source.pod in pods}:
+            with suppress(IndexerError):  # it may have been forgotten meanwhile
+                self._index.degrade(source, FAILED)
 
     def _hand_over(self, source: Source, due: list[Decoded], seq: int) -> None:
         if due:

@@ -241,10 +241,11 @@ class EventPool:
                 try:
                     with lock:
                         applier.apply([message for message in messages if self._follows(message)])
-                except Exception as error:  # noqa: BLE001  (some messages must not end the worker of many pods)
+                except BaseException as error:  # noqa: BLE001  (a worker serves many pods: not even a panic of the core may end it)
                     self._errors += 1
                     first = messages[0]
                     self._log.error("apply_error", topic=first.topic[:80], first_seq=first.seq, error=repr(error))
+                    applier.distrust(messages)
                 queue.done()
             if number == 0 and time.monotonic() >= expire_at:
                 self._index.expire()

@@ -47,7 +47,7 @@ _PAIRS_SINCE = 9
 """Fields after the tag from which on tagged arrays name images with their place (vLLM 0.20 added group_idx)."""
 _DIGEST = re.compile(r"[0-9a-fA-F]{16,}")
 
-_BROKEN = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, TypeError)
+_BROKEN = (msgspec.DecodeError, RecursionError, ValueError, OverflowError, TypeError)
 
 _decode = msgspec.msgpack.Decoder().decode
 _encode = msgspec.msgpack.Encoder().encode

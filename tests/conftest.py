@@ -5,11 +5,13 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import xxhash
 
-from indexer import BlockRemoved, BlockStored, Index, InvalidQuestion, Source, implementation, open_index
+from indexer import BlockRemoved, BlockStored, Index, InvalidQuestion, Source, implementation, keys, open_index, prompt
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("*.jsonl"))
 MODEL = "test/model"
@@ -34,6 +36,27 @@ def payload(*events, rank: int | None = 0) -> bytes:
     return msgspec.msgpack.encode([1.0, list(events), rank])
 
 
+def slow_keys(tokens, model, size, lora=None, salt=None, images=(), *, bare=False) -> list[int]:
+    """The definition of DESIGN section 5, word for word."""
+    key = xxhash.xxh3_64_intdigest(msgspec.msgpack.encode([model, size, lora, salt]), 0)
+    found = []
+    for start in range(0, len(tokens) - size + 1, size):
+        data = b"".join(int(t).to_bytes(4, "little") for t in tokens[start : start + size])
+        inside = [n if bare else [n, f - start] for n, f, c in images if f < start + size and f + c > start]
+        key = xxhash.xxh3_64_intdigest(data + (msgspec.msgpack.encode(inside) if inside else b""), key)
+        found.append(key)
+    return found
+
+
+def hashing_of(impl: str) -> SimpleNamespace:
+    """`block_keys` and `Prompt` of one implementation."""
+    if impl == "python":
+        return SimpleNamespace(block_keys=keys.block_keys, Prompt=prompt.Prompt)
+    from indexer import _native, native
+
+    return SimpleNamespace(block_keys=native.block_keys, Prompt=_native.Prompt)
+
+
 def _has_core() -> bool:
     try:
         open_index("memory://?impl=native").close()
@@ -56,6 +79,12 @@ def pytest_report_header() -> str:
 def impl(request) -> str:
     """The name of each implementation of the index."""
     return request.param
+
+
+@pytest.fixture
+def hashing(impl) -> SimpleNamespace:
+    """`block_keys` and `Prompt` of each implementation."""
+    return hashing_of(impl)
 
 
 @pytest.fixture

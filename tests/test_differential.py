@@ -129,7 +129,7 @@ def events(rng, source):
         return store_in_groups(rng, source)
     makers = [store, store, store, remove, lambda rng, source: AllBlocksCleared()]
     weights = [4, 3, 3, 5, 0.3]
-    return [rng.choices(makers, weights)[0](rng, source) for _ in range(rng.choice([1, 1, 2, 3]))]
+    return [rng.choices(makers, weights)[0](rng, source) for _ in range(rng.choice([1, 1, 2, 3, 8]))]
 
 
 def operation(rng):

@@ -22,8 +22,8 @@ def prompts(count, seed):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_the_index_follows_the_engine(dialect):
-    engine, index = SimulatedEngine(block_size=4, num_blocks=40), open_index()
+def test_the_index_follows_the_engine(dialect, impl):
+    engine, index = SimulatedEngine(block_size=4, num_blocks=40), open_index(f"memory://?impl={impl}")
     scorer = PrefixScorer(index)
     with EventPool(index) as pool:
         for seq, tokens in enumerate(prompts(300, 2)):
@@ -38,8 +38,8 @@ def test_the_index_follows_the_engine(dialect):
 
 
 @pytest.mark.parametrize("dialect", ["vllm-map", "vllm-array", "sglang"])
-def test_salted_and_adapted_prompts_are_apart(dialect):
-    engine, index = SimulatedEngine(block_size=4, num_blocks=100), open_index()
+def test_salted_and_adapted_prompts_are_apart(dialect, impl):
+    engine, index = SimulatedEngine(block_size=4, num_blocks=100), open_index(f"memory://?impl={impl}")
     tokens = list(range(12))
     events = (
         engine.run(tokens, [], lora_name="ad", cache_salt="s").events + engine.run(tokens, [], cache_salt="s").events

@@ -1,14 +1,17 @@
 """The index against a slow and obvious model, and each promise of DESIGN section 6 by name."""
 
+import subprocess
+import sys
 import threading
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from indexer import AllBlocksCleared, Limits, MemoryIndex, Prompt, Source, open_index
+from indexer import AllBlocksCleared, InvalidQuestion, LimitReached, Limits, Prompt, Source, open_index
 
-from .conftest import MODEL, POD, removed, stored
+from .conftest import IMPLEMENTATIONS, MODEL, POD, removed, stored
 
 CONTENTS = {  # engine hash -> tokens from the prompt's start; hashes 1 to 7 form a tree of blocks of 2 tokens
     1: [1, 1], 2: [1, 1, 2, 2], 3: [1, 1, 2, 2, 3, 3], 4: [1, 1, 4, 4],
@@ -51,10 +54,11 @@ def event_of(name, medium, *, tokens=True):
     return stored([name], CONTENTS[name][-2:] if tokens else [], parent=PARENT[name], size=2 * tokens, medium=medium)
 
 
-@given(OPERATIONS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(operations=OPERATIONS)
 @settings(max_examples=400, deadline=None)
-def test_random_streams_leave_what_the_model_holds(operations):
-    index, model = open_index("memory://"), Model()
+def test_random_streams_leave_what_the_model_holds(impl, operations):
+    index, model = open_index(f"memory://?impl={impl}"), Model()
     said = {source: set() for source in PODS}
     for source in PODS:
         index.register(source, model=MODEL)
@@ -94,9 +98,10 @@ def test_random_streams_leave_what_the_model_holds(operations):
     assert index.stats()["blocks"] == index.stats()["held"] == 0
 
 
-@given(st.permutations([1, 2, 3, 4, 5, 6, 7]), st.lists(st.sampled_from(sorted(CONTENTS)), max_size=5))
-def test_events_in_any_order_of_parents_end_the_same(order, gone):
-    index = open_index()
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(order=st.permutations([1, 2, 3, 4, 5, 6, 7]), gone=st.lists(st.sampled_from(sorted(CONTENTS)), max_size=5))
+def test_events_in_any_order_of_parents_end_the_same(impl, order, gone):
+    index = open_index(f"memory://?impl={impl}")
     index.register(POD, model=MODEL)
     for name in order:
         index.apply(POD, [event_of(name, "gpu")])
@@ -171,6 +176,17 @@ def test_shared_storage_counts_for_every_pod_of_the_model(index):
     assert held(index, range(8), Source("pod-b")) == 0
 
 
+@pytest.mark.parametrize("then", [removed(1), AllBlocksCleared()], ids=["removed", "cleared"])
+def test_shared_storage_learns_of_a_block_that_leaves_within_the_same_batch(impl, then):
+    index = open_index(f"memory://?impl={impl}", limits=Limits(remembered_blocks=0))
+    shared = Source("SHARED_STORAGE")
+    index.register(shared, model=MODEL, fleet_wide=True)
+    index.register(POD, model=MODEL)
+    index.apply(shared, [stored([1], [], size=0, medium="shared_storage")])
+    index.apply(POD, [stored([1], range(4)), then])
+    assert held(index, range(4)) == 4
+
+
 def test_two_hashes_of_one_content_need_two_removals(index):
     index.apply(POD, [stored([1], range(4)), stored([2], range(4)), removed(1)])
     assert held(index, range(4)) == 4
@@ -185,8 +201,8 @@ def test_salted_and_plain_chains_never_meet(index):
     assert held(index, range(8), cache_salt="s") == 8
 
 
-def test_what_waits_is_bounded():
-    index = MemoryIndex(Limits(parked_blocks=10))
+def test_what_waits_is_bounded(impl):
+    index = open_index(f"memory://?impl={impl}", limits=Limits(parked_blocks=10))
     index.register(POD, model=MODEL)
     for name in range(1, 100):
         index.apply(POD, [stored([name], range(4), parent=1000 + name)])
@@ -196,16 +212,82 @@ def test_what_waits_is_bounded():
     assert index.sources()[0].degraded
 
 
-def test_slots_of_a_source_are_bounded():
-    index = MemoryIndex(Limits(max_slots_per_source=3))
+def test_blocks_that_are_each_others_parents_wait_and_no_more(impl):
+    # in a process of its own: what never ends cannot be stopped in any other way
+    code = f"""
+from array import array
+from indexer import BlockStored, Source, open_index
+for parents in ([(9, 9)], [(9, 7), (7, 9)]):
+    for names, tokens in (([9], 8), ([8, 9], 6)):  # names for a part of the tokens, tokens for a part of the names
+        index = open_index("memory://?impl={impl}")
+        index.register(Source("pod"), model="m")
+        for name, parent in parents:
+            index.apply(Source("pod"), [BlockStored(
+                block_hashes=[name], parent_block_hash=parent, token_ids=array("I", range(4)), block_size=4)])
+        index.apply(Source("pod"), [BlockStored(block_hashes=names, token_ids=array("I", range(tokens)), block_size=4)])
+        print(index.stats()["held"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=10)
+    assert (done.stdout.split(), done.stderr) == (["0", "1", "0", "1"], "")
+
+
+def test_what_is_answered_does_not_depend_on_what_was_asked_before(impl):
+    answers = []
+    for early in (False, True):
+        index = open_index(f"memory://?impl={impl}", limits=Limits(block_sizes=1))
+        index.register(POD, model=MODEL)
+        index.apply(POD, [stored([1], range(2), size=2), stored([11], range(4))])
+        if early:
+            index.match(Prompt(range(40), MODEL))
+        index.apply(POD, [stored([12, 13, 14], range(4, 16), parent=11)])
+        answers.append(held(index, range(40)))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("size", [0, 3, -1, 2**31, 2**32, 2**40])
+def test_of_a_size_that_nobody_uses_nobody_holds_blocks(index, size):
+    index.apply(POD, [stored([1], range(4))])
+    (holding,) = index.match(Prompt(range(8), MODEL), block_size=size)
+    assert (holding.tokens, holding.runs) == (0, ())
+    assert index.match(Prompt(range(8), MODEL), block_size=size, holders_only=True) == []
+
+
+def test_a_source_that_is_not_followed_is_refused_and_nothing_counts_it(index):
+    before, nobody = index.stats(), Source("nobody", 3)
+    for call in (
+        lambda: index.apply(nobody, [stored([1], range(4))]),
+        lambda: index.apply(nobody, []),
+        lambda: index.apply_all(nobody, []),
+        lambda: index.restart(nobody),
+        lambda: index.degrade(nobody, "gap"),
+    ):
+        with pytest.raises(InvalidQuestion, match="nobody#3"):
+            call()
+    index.forget("nobody")
+    assert index.stats() == before
+
+
+def test_sources_are_bounded(impl):
+    index = open_index(f"memory://?impl={impl}", limits=Limits(max_sources=2))
+    for pod in "abab":
+        index.register(Source(pod), model=MODEL, degraded="no events yet")
+    with pytest.raises(LimitReached, match=r"source c: 2 sources .*max_sources"):
+        index.register(Source("c"), model=MODEL)
+    index.forget("a")
+    index.register(Source("c"), model=MODEL)
+    assert [(str(status.source), status.degraded) for status in index.sources()] == [("b", "no events yet"), ("c", "")]
+
+
+def test_slots_of_a_source_are_bounded(impl):
+    index = open_index(f"memory://?impl={impl}", limits=Limits(max_slots_per_source=3))
     index.register(POD, model=MODEL)
     for number in range(10):
         index.apply(POD, [stored([1], range(4), medium=f"m{number}")])
     assert index.stats()["too_many_slots_total"] == 7
 
 
-def test_tiers_that_never_announce_removals_age_out():
-    index = MemoryIndex(Limits(silent_tier_ttl_s=0.0))
+def test_tiers_that_never_announce_removals_age_out(impl):
+    index = open_index(f"memory://?impl={impl}", limits=Limits(silent_tier_ttl_s=0.0))
     index.register(POD, model=MODEL)
     index.apply(POD, [stored([1], range(4)), stored([1], range(4), medium="cpu"), stored([2], range(4), medium="disk")])
     index.apply(POD, [removed(9, medium="disk")])
@@ -213,8 +295,8 @@ def test_tiers_that_never_announce_removals_age_out():
     assert index.sources()[0].tiers == {"gpu": 1, "cpu": 0, "disk": 1}
 
 
-def test_threads_hammer_one_index():
-    index = open_index()
+def test_threads_hammer_one_index(impl):
+    index = open_index(f"memory://?impl={impl}")
     sources = [Source(f"pod-{n}") for n in range(6)]
     for source in sources:
         index.register(source, model=MODEL)

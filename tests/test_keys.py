@@ -2,62 +2,118 @@
 
 from array import array
 
-import msgspec
 import numpy as np
 import pytest
-import xxhash
 
-from indexer import InvalidQuestion, Prompt, block_keys
+from indexer import InvalidQuestion
+
+from .conftest import slow_keys
 
 MODEL = "m"
+BYTES = np.arange(100, dtype=np.uint32).tobytes()
 
 
-def slow_keys(tokens, size, lora=None, salt=None, images=()):
-    """The definition of DESIGN section 5, word for word."""
-    key = xxhash.xxh3_64_intdigest(msgspec.msgpack.encode([MODEL, size, lora, salt]), 0)
-    keys = []
-    for start in range(0, len(tokens) - size + 1, size):
-        data = b"".join(int(t).to_bytes(4, "little") for t in tokens[start : start + size])
-        inside = [[n, f - start] for n, f, c in images if f < start + size and f + c > start]
-        key = xxhash.xxh3_64_intdigest(data + (msgspec.msgpack.encode(inside) if inside else b""), key)
-        keys.append(key)
-    return keys
+FORMS = {
+    "list": list(range(100)),
+    "tuple": tuple(range(100)),
+    "range": range(100),
+    "list of uint32": list(np.arange(100, dtype=np.uint32)),
+    "array I": array("I", range(100)),
+    "array H": array("H", range(100)),
+    "array L": array("L", range(100)),
+    "array q": array("q", range(100)),
+    "memoryview": memoryview(array("I", range(100))),
+    "memoryview, read only": memoryview(array("I", range(100))).toreadonly(),
+    "memoryview of bytes": memoryview(BYTES),
+    "bytes": BYTES,
+    "bytearray": bytearray(BYTES),
+    "unaligned memoryview": memoryview(b"0" + BYTES)[1:],
+    "uint32": np.arange(100, dtype=np.uint32),
+    "uint32, a part": np.arange(-1, 101).astype(np.uint32)[1:101],
+    "int32": np.arange(100, dtype=np.int32),
+    "int64": np.arange(100, dtype=np.int64),
+    "little-endian": np.arange(100, dtype="<u4"),
+    "big-endian": np.arange(100, dtype=">u4"),
+    "unaligned uint32": np.frombuffer(b"0" + BYTES, np.uint32, offset=1),
+}
 
 
-@pytest.mark.parametrize("lora", [None, "ad", 3])
+@pytest.mark.parametrize("lora", [None, "ad", "", 3, 0, -1, 2**63, 2**64 - 1])
 @pytest.mark.parametrize("salt", [None, "ad"])
 @pytest.mark.parametrize("images", [(), (("a", 3, 9), ("b", 14, 2))])
-def test_keys_are_as_defined(lora, salt, images):
+def test_keys_are_as_defined(hashing, lora, salt, images):
     tokens = [2**32 - 1 - 7 * i for i in range(43)]
-    expected = slow_keys(tokens, 4, lora, salt, images)
+    expected = slow_keys(tokens, MODEL, 4, lora, salt, images)
     assert len(expected) == 10
-    assert block_keys(tokens, MODEL, block_size=4, lora_name=lora, cache_salt=salt, mm_items=images) == expected
-    prompt = Prompt(tokens, MODEL, lora_name=lora, cache_salt=salt, mm_items=images)
-    assert prompt.keys(4, 3) == expected[:3]
+    more = {"lora_name": lora, "cache_salt": salt, "mm_items": images}
+    assert hashing.block_keys(tokens, MODEL, block_size=4, **more) == expected
+    prompt = hashing.Prompt(tokens, MODEL, **more)
+    assert prompt.keys(4, 3)[:3] == expected[:3]
     assert prompt.keys(4, 100) == expected
 
 
+@pytest.mark.parametrize("model", ["", "m" * 40, "Qwen/Qwen3-8B", "模型", "m" * 70_000])
+def test_every_name_of_a_model_is_hashed_alike(hashing, model):
+    assert hashing.block_keys(range(8), model, block_size=4) == slow_keys(range(8), model, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 60, 61, 128, 256, 1000, 65_536])
+def test_blocks_of_every_size_are_hashed_alike(hashing, size):
+    tokens = array("I", range(2500))
+    images = ("a", 0, 1), ("b", 255, 2), ("c", 255, 300), ("d", 70_000, 5)
+    assert hashing.block_keys(tokens, MODEL, block_size=size) == slow_keys(tokens, MODEL, size)
+    assert hashing.block_keys(tokens, MODEL, block_size=size, mm_items=images) == slow_keys(
+        tokens, MODEL, size, images=images
+    )
+
+
+@pytest.mark.parametrize("tokens", FORMS.values(), ids=FORMS)
+def test_every_form_of_token_ids_gives_the_same_keys(hashing, tokens):
+    assert hashing.block_keys(tokens, MODEL) == slow_keys(range(100), MODEL, 16)
+    assert hashing.Prompt(tokens, MODEL).length == 100
+
+
+def test_no_tokens_no_keys(hashing):
+    for none in ([], array("I"), b"", np.array([], dtype=np.uint32), [1] * 15):
+        assert hashing.block_keys(none, MODEL) == []
+
+
 @pytest.mark.parametrize(
-    "give",
-    [list, tuple, lambda t: array("I", t), lambda t: np.array(t, dtype=np.uint32), np.array, lambda t: array("q", t),
-     lambda t: np.array(t, dtype=np.uint32).tobytes(), lambda t: memoryview(array("I", t)), range],
+    "bad",
+    [[-1], [2**32], ["1"], [1.5], [None], b"123", np.zeros((2, 2), np.uint32), np.uint32(7), 5, None, "abc",
+     np.arange(8, dtype=np.uint32)[::2], np.arange(8)[::-1], memoryview(bytes(32))[::2], array("d", [1.0]),
+     array("q", [2**40]), np.array([1, -1], dtype=np.int32), np.array([2.0])],
 )  # fmt: skip
-def test_every_form_of_token_ids_gives_the_same_keys(give):
-    tokens = range(100) if give is range else give(list(range(100)))
-    assert block_keys(tokens, MODEL) == slow_keys(list(range(100)), 16)
-
-
-def test_no_tokens_no_keys():
-    assert block_keys([], MODEL) == block_keys(array("I"), MODEL) == block_keys([1] * 15, MODEL) == []
-
-
-@pytest.mark.parametrize("bad", [[-1], [2**32], ["1"], [1.5], b"123", np.zeros((2, 2), np.uint32), 5])
-def test_what_is_no_token_id_is_refused(bad):
+def test_what_is_no_token_id_is_refused(hashing, bad):
     with pytest.raises((InvalidQuestion, TypeError), match=r"token_ids|iterable"):
-        block_keys(bad, MODEL)
+        hashing.block_keys(bad, MODEL)
+    prompt = hashing.Prompt([1, 2], MODEL)
+    with pytest.raises((InvalidQuestion, TypeError), match=r"token_ids|iterable"):
+        prompt.extend(bad)
+    assert prompt.keys(1, 9) == slow_keys([1, 2], MODEL, 1)
 
 
-@pytest.mark.parametrize("bad", [("a", -1, 2), ("a", 1), (1, 1, 1), "abc"])
-def test_what_is_no_image_is_refused(bad):
+@pytest.mark.parametrize("bad", [("a", -1, 2), ("a", 1), (1, 1, 1), "abc", ("a", 1.0, 1), (b"a", 1, 1), None])
+def test_what_is_no_image_is_refused(hashing, bad):
     with pytest.raises(InvalidQuestion, match="mm_items"):
-        Prompt([1], MODEL, mm_items=[bad])
+        hashing.Prompt([1], MODEL, mm_items=[bad])
+
+
+def test_images_may_be_lists(hashing):
+    prompt = hashing.Prompt(range(8), MODEL, mm_items=[["a", 1, 2]])
+    assert prompt.keys(4, 2) == slow_keys(range(8), MODEL, 4, images=[("a", 1, 2)])
+
+
+@pytest.mark.parametrize("size", [0, -1, -(2**40)])
+def test_what_is_no_block_size_is_refused(hashing, size):
+    with pytest.raises(InvalidQuestion, match=f"block_size.*{size}"):
+        hashing.block_keys([1], MODEL, block_size=size)
+    with pytest.raises(InvalidQuestion, match=f"block_size.*{size}"):
+        hashing.Prompt([1], MODEL).prepare(size)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**32, 2**40])
+def test_blocks_longer_than_any_prompt_have_no_keys(hashing, size):
+    prompt = hashing.Prompt([1] * 20, MODEL)
+    assert prompt.prepare(size) == 0
+    assert prompt.keys(size, 10) == hashing.block_keys([1] * 20, MODEL, block_size=size) == []

@@ -8,6 +8,7 @@ import zmq
 
 from indexer import Prompt, Source, open_index
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
+from kvevents.apply import FAILED
 from kvevents.queue import ShardQueue
 from scorer import PrefixScorer
 
@@ -22,8 +23,8 @@ def message(seq, *events, topic=TOPIC, rank=0, **more):
 
 
 @pytest.fixture
-def index():
-    return open_index()
+def index(impl):
+    return open_index(f"memory://?impl={impl}")
 
 
 @pytest.fixture
@@ -100,6 +101,28 @@ def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
     assert stats["dropped_event_unknown_event_total"] == stats["dropped_event_bad_event_total"] == 1
     assert stats["worker_errors_total"] == 0
     assert blocks(index) == {"pod-a": 1}
+
+
+def test_a_panic_costs_one_source_its_trust_and_nothing_else(index, pool, monkeypatch):
+    class Panic(BaseException):
+        """As the core's, which is no `Exception`."""
+
+    def panic(self, source, batches):
+        if len(batches[0]) == 2:
+            raise Panic
+        return apply_all(self, source, batches)
+
+    apply_all = type(index).apply_all
+    monkeypatch.setattr(type(index), "apply_all", panic)
+    pool.submit(message(0, STORED))
+    pool.submit(message(0, STORED, topic=b"kv@pod-b@m"))
+    pool.drain()
+    pool.submit(message(1, STORED, STORED))
+    pool.submit(message(1, STORED, topic=b"kv@pod-b@m"))
+    pool.drain()
+    assert pool.stats()["worker_errors_total"] == 1
+    assert (trust(index), trust(index, "pod-b")) == (FAILED, "")
+    assert blocks(index) == {"pod-a": 1, "pod-b": 1}
 
 
 def send(socket, seq, *events, topic=TOPIC):
@@ -252,8 +275,7 @@ def test_waiting_for_what_was_put_does_not_wait_for_what_comes_after():
     assert queue.messages == 1
 
 
-def test_the_library_calls_of_the_readme():
-    index = open_index("memory://?impl=python")
+def test_the_library_calls_of_the_readme(index):
     with EventPool(index, workers=4) as pool:
         pool.submit(
             Message(topic=b"kv@pod-a@Qwen/Qwen3-8B", seq=0, payload=msgspec.msgpack.encode([1.0, [

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_epoch::pin;
 use hashbrown::{HashMap, HashSet};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::blocks::{Blocks, Step};
 use crate::events::{EngineHash, Event};
@@ -203,7 +203,7 @@ impl Index {
         let tracked = self.require(name)?;
         let elsewhere = |name| self.find_elsewhere(&tracked.model, name);
         let elsewhere: &dyn Fn(EngineHash) -> Option<Known> = &elsewhere;
-        let (mut dead, mut said) = (Vec::new(), Vec::new());
+        let mut dead = Vec::new();
         let mut ledger = tracked.ledger.lock();
         if ledger.gone {
             return Err(Refusal::NotRegistered);
@@ -211,42 +211,54 @@ impl Index {
         if tracked.fleet_wide {
             tracked.wanting.store(true, Ordering::SeqCst);
         }
-        let asked_for = self.fleet_wide.load(Ordering::SeqCst) > usize::from(tracked.fleet_wide);
+        let shared = self.shared_with(&tracked);
         let here = self.here(tracked.fleet_wide.then_some(elsewhere));
-        for events in batches {
-            for event in events {
-                match event {
-                    Event::Stored(event) => {
-                        count(&self.counters.stored, event.block_hashes.len());
-                        if event.bare_images && !self.bare_models.read().contains(&tracked.model) {
-                            self.bare_models.write().insert(tracked.model.clone());
-                        }
-                        ledger.store(event, &here);
-                        if asked_for {
-                            said.extend_from_slice(&event.block_hashes);
-                        }
+        for event in batches.into_iter().flatten() {
+            match event {
+                Event::Stored(event) => {
+                    count(&self.counters.stored, event.block_hashes.len());
+                    if event.bare_images && !self.bare_models.read().contains(&tracked.model) {
+                        self.bare_models.write().insert(tracked.model.clone());
                     }
-                    Event::Removed(event) => {
-                        count(&self.counters.removed, event.block_hashes.len());
-                        ledger.remove(event, &here);
-                    }
-                    Event::Cleared => {
-                        count(&self.counters.cleared, 1);
+                    ledger.store(event, &here);
+                    if shared.iter().any(|other| other.wanting.load(Ordering::SeqCst)) {
+                        let known: Vec<(EngineHash, Known)> = (event.block_hashes.iter())
+                            .filter_map(|name| Some((*name, ledger.find(*name, 0, self.secret)?)))
+                            .collect();
                         ledger.settle(&here);
-                        dead.push(self.renew(&tracked, &mut ledger, true));
+                        self.settle(&tracked, &mut ledger);
+                        MutexGuard::unlocked(&mut ledger, || self.tell(&shared, &known));
+                        if ledger.gone {
+                            break;
+                        }
                     }
+                }
+                Event::Removed(event) => {
+                    count(&self.counters.removed, event.block_hashes.len());
+                    ledger.remove(event, &here);
+                }
+                Event::Cleared => {
+                    count(&self.counters.cleared, 1);
+                    ledger.settle(&here);
+                    dead.push(self.renew(&tracked, &mut ledger, true));
                 }
             }
         }
         ledger.settle(&here);
         self.settle(&tracked, &mut ledger);
+        let gone = ledger.gone;
         drop(ledger);
         self.reclaim_all(dead);
-        if asked_for {
-            self.tell_waiting(&tracked, &said);
-        }
         self.keep_bound();
-        Ok(())
+        if gone { Err(Refusal::NotRegistered) } else { Ok(()) }
+    }
+
+    /// The shared caches that a source's blocks may lie in.
+    fn shared_with(&self, tracked: &Tracked) -> Vec<Arc<Tracked>> {
+        if self.fleet_wide.load(Ordering::SeqCst) <= usize::from(tracked.fleet_wide) {
+            return Vec::new();
+        }
+        self.in_order(&tracked.model, |other| other.fleet_wide && other.name != tracked.name)
     }
 
     fn here<'a>(&'a self, elsewhere: Option<&'a dyn Fn(EngineHash) -> Option<Known>>) -> Here<'a> {
@@ -275,26 +287,19 @@ impl Index {
         tracked.note_ledger(ledger);
     }
 
-    /// Tells the shared caches of the same model that wait for somebody to say a block's tokens.
-    fn tell_waiting(&self, teller: &Arc<Tracked>, names: &[EngineHash]) {
-        for other in self.in_order(&teller.model, |other| other.fleet_wide && other.name != teller.name) {
-            if !other.wanting.load(Ordering::SeqCst) {
-                continue;
-            }
-            let known: Vec<(EngineHash, Known)> = {
-                let ledger = teller.ledger.lock();
-                names.iter().filter_map(|name| Some((*name, ledger.find(*name, 0, self.secret)?))).collect()
-            };
+    /// Tells shared caches that wait for somebody to say a block's tokens.
+    fn tell(&self, shared: &[Arc<Tracked>], known: &[(EngineHash, Known)]) {
+        for other in shared.iter().filter(|other| other.wanting.load(Ordering::SeqCst)) {
             let mut ledger = other.ledger.lock();
-            let here = self.here(None);
             if ledger.gone {
                 continue;
             }
+            let here = self.here(None);
             for (name, known) in known {
-                ledger.place(name, known, &here);
+                ledger.place(*name, *known, &here);
             }
             ledger.settle(&here);
-            self.settle(&other, &mut ledger);
+            self.settle(other, &mut ledger);
         }
     }
 
@@ -510,7 +515,7 @@ impl Index {
             copies
                 .push(Copy { slots: ledger.slots.iter().map(SlotView::from).collect(), groups: ledger.groups.clone() });
         }
-        let sizes = self.common_sizes(copies.iter().flat_map(|copy| &copy.slots));
+        let sizes = self.common_sizes(copies.iter().map(|copy| &copy.slots[..]));
         let block_size = usual_size(copies.iter().map(|copy| (&copy.slots[..], &copy.groups[..])));
         let is_shared = mine.iter().zip(&copies).filter(|(tracked, _)| tracked.fleet_wide);
         let shared: Vec<SlotView> = is_shared.flat_map(|(_, copy)| copy.slots.iter().cloned()).collect();
@@ -525,16 +530,18 @@ impl Index {
         View { layout, plan, readers, block_size }
     }
 
-    /// The block sizes with the most blocks, no more than a question is asked for.
-    fn common_sizes<'a>(&self, slots: impl Iterator<Item = &'a SlotView>) -> Vec<u32> {
-        let mut sizes: Vec<(u32, usize)> = Vec::new();
-        for slot in slots {
-            match sizes.iter_mut().find(|(size, _)| *size == slot.block_size) {
-                Some((_, blocks)) => *blocks += slot.blocks,
-                None => sizes.push((slot.block_size, slot.blocks)),
+    /// The block sizes that the most sources use, no more than a question is asked for. By sources, not by blocks: their
+    /// number depends on the layout alone, and no source has more than its one vote.
+    fn common_sizes<'a>(&self, sources: impl Iterator<Item = &'a [SlotView]>) -> Vec<u32> {
+        let mut votes: HashMap<u32, usize> = HashMap::new();
+        for slots in sources {
+            let sizes: HashSet<u32> = slots.iter().map(|slot| slot.block_size).collect();
+            for size in sizes {
+                *votes.entry(size).or_default() += 1;
             }
         }
-        sizes.sort_by_key(|(_, blocks)| std::cmp::Reverse(*blocks));
+        let mut sizes: Vec<(u32, usize)> = votes.into_iter().collect();
+        sizes.sort_unstable_by_key(|(size, votes)| (std::cmp::Reverse(*votes), *size));
         sizes.truncate(self.limits.block_sizes);
         sizes.into_iter().map(|(size, _)| size).collect()
     }

@@ -27,7 +27,6 @@ pub struct SlotView {
     pub tier: Tier,
     pub group: Option<u32>,
     pub block_size: u32,
-    pub blocks: usize,
 }
 
 impl From<&Slot> for SlotView {
@@ -38,7 +37,6 @@ impl From<&Slot> for SlotView {
             tier: slot.tier,
             group: slot.group,
             block_size: slot.block_size,
-            blocks: slot.len(),
         }
     }
 }

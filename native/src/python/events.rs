@@ -27,6 +27,11 @@ impl Batch {
         self.batch.events.len()
     }
 
+    /// Whether both hold the same events.
+    fn __eq__(&self, other: &Self) -> bool {
+        self.batch.events == other.batch.events
+    }
+
     fn __repr__(&self) -> String {
         format!("Batch({} events, rank={:?})", self.batch.events.len(), self.batch.rank)
     }

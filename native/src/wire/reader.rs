@@ -4,6 +4,9 @@
 /// How deep values may nest in a value that is skipped. Skipping recurses, and a payload must not choose how far.
 pub const MAX_DEPTH: u32 = 256;
 
+/// Arrays in a key with more items than this may hold no arrays: msgspec makes lists of those, not tuples.
+const LONG_KEY: usize = 16;
+
 /// A year-1 and a year-9999 second: the timestamps that Python's calendar knows, and so msgspec.
 const TIMESTAMPS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
@@ -251,6 +254,9 @@ impl<'a> Reader<'a> {
             Value::Array(len) => {
                 let depth = deeper(depth)?;
                 for _ in 0..len {
+                    if len > LONG_KEY && matches!(self.rest.first(), Some(0x90..=0x9f | 0xdc | 0xdd)) {
+                        return Err(Broken::Key);
+                    }
                     self.skip_key(depth)?;
                 }
                 Ok(())
