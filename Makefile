@@ -44,6 +44,10 @@ test-python: $(READY) ## run them as if there were no compiled core
 test-rust: ## run the core's own tests
 	$(CARGO) test --locked --manifest-path native/Cargo.toml
 
+fuzz: $(READY) ## give the decoders a million payloads that nobody would send (`make test` tries fewer)
+	KVINDEX_FUZZ=1000000 $(BIN)/python -m pytest tests/test_decoders.py -o timeout=600 $(ARGS)
+	KVINDEX_FUZZ=5000000 $(CARGO) test --locked --release --manifest-path native/Cargo.toml --test wire
+
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

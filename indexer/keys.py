@@ -27,6 +27,9 @@ ImageItem: TypeAlias = tuple[str, int, int]
 
 MAX_TOKEN_ID = 2**32 - 1
 
+_KNOWN_FORMATS = frozenset("cbB?hHiIlLqQnNfd")
+"""What `memoryview` can read."""
+
 
 def token_buffer(token_ids: TokenIds) -> memoryview:
     """Give the tokens as bytes of little-endian uint32, without a copy where they are that already.
@@ -47,7 +50,8 @@ def token_buffer(token_ids: TokenIds) -> memoryview:
         return view.cast("B")
     if view.format in ("I", "L") and view.itemsize == 4:
         return view.cast("B") if sys.byteorder == "little" else _packed(view.tolist())
-    return _packed(view.tolist())
+    # numbers in another byte order, or at odd places, are read one by one
+    return _packed(view.tolist() if view.format.lstrip("@") in _KNOWN_FORMATS else list(token_ids))
 
 
 def _packed(token_ids: Sequence[int]) -> memoryview:

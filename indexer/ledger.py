@@ -111,8 +111,8 @@ class Ledger:
             event = stored.pop()
             for name in event.block_hashes:
                 for parked in self.waiting.unpark(name, event.block_size):
-                    self._store_one(parked.event, changes)
-                    stored.append(parked.event)
+                    if self._store_one(parked.event, changes):
+                        stored.append(parked.event)
                     if parked.removed:
                         changes += self.remove(parked.removal())
         return changes

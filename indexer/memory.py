@@ -114,6 +114,7 @@ class MemoryIndex:
 
     def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
         """Apply batch after batch, see `Index.apply_all`."""
+        self._require(source)
         for events in batches:
             self.apply(source, events)
 

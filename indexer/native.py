@@ -118,7 +118,7 @@ def block_keys(
     """Do what `indexer.keys.block_keys` does."""
     check_block_size(block_size)
     prompt = _native.Prompt(token_ids, model, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
-    return _native.block_keys(prompt, block_size)
+    return _native.block_keys(prompt, min(block_size, 2**32 - 1))  # no prompt is longer
 
 
 def _require(source: Source, *, found: bool) -> None:

@@ -339,12 +339,14 @@ impl Ledger {
         loop {
             for (name, size) in names.drain(..) {
                 for parked in self.waiting.unpark(name, size) {
-                    self.store_one(&parked.event, at);
+                    let follow = self.store_one(&parked.event, at);
                     if !parked.removed.is_empty() {
                         let place = parked.place();
                         self.remove_from(&place, &parked.removed, at);
                     }
-                    stored.push(parked.event);
+                    if follow {
+                        stored.push(parked.event);
+                    }
                 }
             }
             let Some(event) = stored.pop() else { return };

@@ -96,10 +96,11 @@ impl Index {
         py: Python<'py>,
         prompt: &Bound<'py, Prompt>,
         pods: Option<Vec<String>>,
-        block_size: Option<u32>,
+        block_size: Option<i64>,
         everyone: bool,
     ) -> PyResult<Bound<'py, PyList>> {
         let prompt = prompt.get();
+        let block_size = block_size.map(|size| u32::try_from(size).unwrap_or(0)); // nobody has blocks of 0 tokens
         let pods: Option<HashSet<String>> = pods.map(|pods| pods.into_iter().collect());
         let holdings = py.detach(|| {
             prompt.with(|tokens, keys| {

@@ -36,6 +36,7 @@ impl Tokens {
         if let Ok(buffer) = PyBuffer::<u32>::get(token_ids)
             && buffer.dimensions() == 1
             && buffer.is_c_contiguous()
+            && !matches!(buffer.format().to_bytes().first(), Some(b'>' | b'!'))
         {
             return Ok(Self::Shared(buffer));
         }
@@ -123,16 +124,15 @@ impl Prompt {
 
     /// Gives at least the first `upto` keys for blocks of `block_size` tokens, fewer where the prompt ends before.
     #[pyo3(signature = (block_size, upto, *, bare = false))]
-    fn keys<'py>(&self, py: Python<'py>, block_size: u32, upto: usize, bare: bool) -> PyResult<Bound<'py, PyList>> {
+    fn keys<'py>(&self, py: Python<'py>, block_size: i64, upto: usize, bare: bool) -> PyResult<Bound<'py, PyList>> {
+        let block_size = size_of(py, block_size)?;
         let keys = py.detach(|| self.with(|tokens, keys| keys.keys(tokens, block_size, upto, bare).to_vec()));
         PyList::new(py, keys)
     }
 
     /// Computes the keys of all whole blocks of `block_size` tokens ahead of a question; gives their number.
-    fn prepare(&self, py: Python<'_>, block_size: u32) -> PyResult<usize> {
-        if block_size == 0 {
-            return Err(invalid_question(py, "block_size: expected at least 1, got 0".into()));
-        }
+    fn prepare(&self, py: Python<'_>, block_size: i64) -> PyResult<usize> {
+        let block_size = size_of(py, block_size)?;
         Ok(py.detach(|| self.with(|tokens, keys| keys.keys(tokens, block_size, usize::MAX, false).len())))
     }
 
@@ -153,7 +153,8 @@ impl Prompt {
 }
 
 fn image_of(item: &Bound<'_, PyAny>) -> PyResult<ImageItem> {
-    match item.extract::<(String, u64, u64)>() {
+    let tuple = item.cast::<PyList>().map(|list| list.to_tuple().into_any());
+    match tuple.as_ref().unwrap_or(item).extract::<(String, u64, u64)>() {
         Ok((name, first, length)) => Ok(ImageItem { name, first, length }),
         Err(_) => {
             let message =
@@ -161,6 +162,14 @@ fn image_of(item: &Bound<'_, PyAny>) -> PyResult<ImageItem> {
             Err(invalid_question(item.py(), message))
         }
     }
+}
+
+/// A block size; one beyond `u32` is longer than any prompt, as is the largest of them.
+fn size_of(py: Python<'_>, block_size: i64) -> PyResult<u32> {
+    if block_size < 1 {
+        return Err(invalid_question(py, format!("block_size: expected at least 1, got {block_size}")));
+    }
+    Ok(u32::try_from(block_size).unwrap_or(u32::MAX))
 }
 
 /// The package's own exception for what cannot be used as given.
@@ -172,8 +181,10 @@ fn invalid_question(py: Python<'_>, message: String) -> PyErr {
     }
 }
 
-/// Gives the key of every whole block of a prompt.
+/// Gives the key of every whole block of a prompt. The block size is checked by the caller.
 #[pyfunction]
 pub fn block_keys<'py>(prompt: &Bound<'py, Prompt>, block_size: u32) -> PyResult<Bound<'py, PyList>> {
-    prompt.get().keys(prompt.py(), block_size, usize::MAX, false)
+    let (py, prompt) = (prompt.py(), prompt.get());
+    let keys = py.detach(|| prompt.with(|tokens, keys| keys.keys(tokens, block_size, usize::MAX, false).to_vec()));
+    PyList::new(py, keys)
 }
