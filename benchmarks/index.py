@@ -6,7 +6,7 @@ how many times better the first is. Blocks have 16 tokens, stores 32 blocks, cha
 
 - hash: tokens to the keys of their blocks, kept in a `Prompt` and as a list of numbers.
 - apply: vLLM's payload bytes to the index, from full queues, as a worker of the pool does it: by one thread on one
-  core, and by two that have half the pods each on two cores.
+  core, and by two that have half the pods each on two cores; the same for four times as many (block, pod).
 - match: a prompt to what each pod holds of it; then the same while a worker applies events without a pause.
 - score: tokens to a dict of pod and score; where the core is installed it hashes the prompt for both.
 - memory: growth of the resident set of a fresh process for each (block, pod), each chain on 8 pods and on one.
@@ -29,7 +29,7 @@ from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payload
 from indexer import Index, Source, keys, open_index, prompt
 from kvevents import Message
 from kvevents.apply import Applier
-from kvevents.queue import ShardQueue
+from kvevents.queue import MAX_TAKEN, ShardQueue
 from scorer import PrefixScorer
 
 PODS, SHARE, SHORT, QUESTIONS = 64, 8, 280, 300
@@ -66,6 +66,10 @@ def messages_of(fleet: Fleet) -> list[Message]:
     return messages
 
 
+def applier_of(index: Index) -> Applier:
+    return Applier(index, model=MODEL, copies="count", log=structlog.get_logger())
+
+
 class Worker:
     """What a thread of the pool does, with a full queue."""
 
@@ -73,7 +77,7 @@ class Worker:
         self._queue = ShardQueue(len(messages) + 1, 1 << 40)
         for message in messages:
             self._queue.put((message.pod or "", ""), message, wait=True)
-        self._applier = Applier(index, model=MODEL, copies="count", log=structlog.get_logger())
+        self._applier = applier_of(index)
 
     def work(self, enough: Callable[[], bool] = lambda: False) -> None:
         while (messages := self._queue.take(0)) and not enough():
@@ -88,6 +92,8 @@ class Bench:
         self._impls = impls
         self._fleet = fleet
         self._messages = messages_of(fleet)
+        self._large = make_fleet(4 * fleet.pairs, pods=fleet.pods, share=SHARE)
+        self._many = messages_of(self._large)
         self._figures: Figures = {}
         self._asked = {blocks: prompts(fleet, blocks) for blocks in SIZES}
         self._filled = {impl: open_at(impl) for impl in impls}
@@ -128,16 +134,16 @@ class Bench:
             note(self._figures, Row(row, "ns/block"), impl, statistics.median(times) / CHAIN * 1e9)
 
     def _applying(self, impl: str) -> None:
-        one = self._rate(impl, 1)
-        two = self._rate(impl, 2)
-        note(self._figures, Row("apply, one worker", "M blocks/s", more=True), impl, one)
-        note(self._figures, Row("apply, two workers", "M blocks/s", more=True), impl, two)
-        note(self._figures, Row("two workers against one", "times", more=True), impl, two / one)
+        for what, sent in (("apply", self._messages), (f"apply, {self._large.pairs:,} pairs", self._many)):
+            one, two = (self._rate(impl, sent, workers) for workers in (1, 2))
+            note(self._figures, Row(f"{what}, one worker", "M blocks/s", more=True), impl, one)
+            note(self._figures, Row(f"{what}, two workers", "M blocks/s", more=True), impl, two)
+            note(self._figures, Row(f"{what}, two against one", "times", more=True), impl, two / one)
 
-    def _rate(self, impl: str, workers: int) -> float:
+    def _rate(self, impl: str, messages: list[Message], workers: int) -> float:
         index = open_at(impl)
         shares: list[list[Message]] = [[] for _ in range(workers)]
-        for message in self._messages:
+        for message in messages:
             shares[int((message.pod or "").rpartition("-")[2]) % workers].append(message)
         filled = [Worker(index, share) for share in shares]
 
@@ -151,9 +157,10 @@ class Bench:
 
         with on_cores(workers):
             (taken,) = each(work, [None])
-        assert index.stats()["held"] == self._fleet.pairs
+        held = index.stats()["held"]
+        assert held == (self._fleet if messages is self._messages else self._large).pairs
         index.close()
-        return self._fleet.pairs / taken / 1e6
+        return held / taken / 1e6
 
     def _matching(self, impl: str) -> None:
         index, make = self._filled[impl], made_by(impl).prompt
@@ -206,10 +213,12 @@ def memory_of(impl: str, pairs: int, share: int) -> float:
     The messages are made before and kept until after, so they do not count, and their memory is not used again.
     """
     fleet = make_fleet(pairs, pods=PODS, share=share)
-    worker, first = Worker(index := open_at(impl), messages_of(fleet)), open_at(impl)
-    Worker(first, messages_of(make_fleet(CHAIN, pods=PODS, share=1))).work()  # what is set up at first use
+    messages, index = messages_of(fleet), open_at(impl)
+    Worker(open_at(impl), messages_of(make_fleet(CHAIN, pods=PODS, share=1))).work()  # what is set up at first use
+    applier = applier_of(index)
     before = resident_bytes()
-    worker.work()
+    for first in range(0, len(messages), MAX_TAKEN):
+        applier.apply(messages[first : first + MAX_TAKEN])
     after = resident_bytes()
     assert index.stats()["held"] == fleet.pairs
     return (after - before) / fleet.pairs
