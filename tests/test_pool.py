@@ -103,6 +103,15 @@ def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
     assert blocks(index) == {"pod-a": 1}
 
 
+@pytest.mark.parametrize(("size", "count", "takes"), [(10, 130, [64, 64, 2]), (700_000, 3, [2, 1])])
+def test_a_worker_takes_so_many_messages_or_bytes_at_once(size, count, takes):
+    queue = ShardQueue(1000, 1 << 30)
+    for seq in range(count):
+        queue.put(("a", ""), Message(b"", seq, bytes(size)), wait=True)
+    assert [len(queue.take(0)) for _ in takes] == takes
+    assert (queue.messages, queue.bytes, queue.take(0)) == (0, 0, [])
+
+
 def test_a_panic_costs_one_source_its_trust_and_nothing_else(index, pool, monkeypatch):
     class Panic(BaseException):
         """As the core's, which is no `Exception`."""
