@@ -6,8 +6,8 @@ from collections import deque
 from kvevents.message import Message
 
 MAX_TAKEN, MAX_TAKEN_BYTES = 64, 1 << 20
-"""How much of one publisher a worker takes at a time: the more, the cheaper each message; the less, the sooner it is the
-next publisher's turn, and a question's."""
+"""How much of one publisher a worker takes at a time: the more, the cheaper each message; the less, the sooner others
+have their turn, and questions theirs."""
 
 
 class ShardQueue:
