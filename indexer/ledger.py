@@ -39,9 +39,10 @@ class Slot:
 
 
 class Change(NamedTuple):
-    """Keys that a slot holds from now on (`held`), or no longer. Changes apply in order."""
+    """Blocks that a slot holds from now on (`held`), or no longer. Changes apply in order."""
 
     slot: Slot
+    names: list[EngineHash]
     keys: list[BlockKey]
     held: bool
 
@@ -185,11 +186,13 @@ class Ledger:
             return
         held = slot.held
         new: list[BlockKey] = []
+        names: list[EngineHash] = []
         for name, key in zip(hashes, keys, strict=False):
             before = held.get(name)
             if before is None:
                 held[name] = key
                 new.append(key)
+                names.append(name)
             elif before != key:
                 self._counters["hash_conflicts_total"] += 1
                 self._conflicts = True
@@ -202,7 +205,7 @@ class Ledger:
                 slot.seen[name] = now
                 slot.seen.move_to_end(name)
         if new:
-            changes.append(Change(slot, new, held=True))
+            changes.append(Change(slot, names, new, held=True))
 
     def remove(self, event: BlockRemoved) -> list[Change]:
         """Apply a removal. It takes one copy of each hash."""
@@ -234,9 +237,10 @@ class Ledger:
         if len(self._removed) > self._limits.remembered_blocks:
             self._removed.popitem(last=False)
         if changes and changes[-1].slot is slot and not changes[-1].held:
+            changes[-1].names.append(name)
             changes[-1].keys.append(key)
         else:
-            changes.append(Change(slot, [key], held=False))
+            changes.append(Change(slot, [name], [key], held=False))
 
     def expire(self, before: float) -> list[Change]:
         """Drop blocks last announced before that monotonic time on media whose removals are never announced."""

@@ -5,9 +5,8 @@ places where they do. Sources that hold a model's blocks in one slot need no mor
 the others (several tiers, hybrid models, shared storage) are worked out from the places where the holders change.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from indexer.base import Holding, Run, Source
 from indexer.groups import GroupBlocks, GroupSpec, longest_prefix
@@ -15,8 +14,17 @@ from indexer.keys import BlockKey
 from indexer.ledger import Slot
 from indexer.prompt import Prompt
 
-_FIRST_CHUNK = 64
-_LARGEST_CHUNK = 1024
+
+class Chunks(NamedTuple):
+    """How many blocks are looked up at a time: first few, as most prompts leave what is cached early, then more."""
+
+    first: int = 64
+    growth: int = 2
+    largest: int = 1024
+
+
+LookUps: TypeAlias = Generator[list[BlockKey], Sequence[int], list[Holding]]
+"""Gives block keys, is sent the holders of each, and returns the answer."""
 
 
 class Group(NamedTuple):
@@ -91,21 +99,19 @@ def _group(spec: GroupSpec, slots: list[Slot]) -> Group:
     return Group(spec, tuple(slots), mask)
 
 
-def answer(
-    readers: Sequence[Reader], get: Callable[[BlockKey, int], int], prompt: Prompt, *, bare: bool, size: int | None
-) -> list[Holding]:
+def answer(readers: Sequence[Reader], prompt: Prompt, *, bare: bool, size: int | None, chunks: Chunks) -> LookUps:
     """Say what each reader's source holds of a prompt.
 
-    `get` gives the holders of a block key; `bare` also looks under keys that name images without their place; `size`
-    asks only for chains that have blocks of that size.
+    `bare` also looks under keys that name images without their place; `size` asks only for chains that have blocks of
+    that size.
     """
     chains = [
         [chain for chain in reader.chains if size is None or any(g.spec.block_size == size for g in chain.groups)]
         for reader in readers
     ]
-    found = _lookup(chains, get, prompt, bare=False)
+    found = yield from _lookup(chains, prompt, chunks, bare=False)
     if bare and prompt.images:
-        extra = _lookup(chains, get, prompt, bare=True)
+        extra = yield from _lookup(chains, prompt, chunks, bare=True)
         found = [max(pair, key=lambda held: held[0]) for pair in zip(found, extra, strict=True)]
     return [
         Holding(reader.source, tokens, reusable, runs, reader.degraded())
@@ -118,14 +124,16 @@ _NOTHING: _Found = (0, 0, ())
 
 
 def _lookup(
-    chains: list[list[Chain]], get: Callable[[BlockKey, int], int], prompt: Prompt, *, bare: bool
-) -> list[_Found]:
+    chains: list[list[Chain]], prompt: Prompt, chunks: Chunks, *, bare: bool
+) -> Generator[list[BlockKey], Sequence[int], list[_Found]]:
     by_size: dict[int, list[Chain]] = {}
     for mine in chains:
         for chain in mine:
             for size in {group.spec.block_size for group in chain.groups}:
                 by_size.setdefault(size, []).append(chain)
-    scans = {size: _scan(size, asked, get, prompt, bare=bare) for size, asked in by_size.items()}
+    scans = {}
+    for size, asked in by_size.items():
+        scans[size] = yield from _scan(size, asked, prompt, chunks, bare=bare)
     cap = max(0, prompt.length - 1)
     found = []
     for mine in chains:
@@ -141,7 +149,9 @@ def _lookup(
     return found
 
 
-def _scan(size: int, chains: list[Chain], get: Callable[[BlockKey, int], int], prompt: Prompt, *, bare: bool) -> Scan:
+def _scan(
+    size: int, chains: list[Chain], prompt: Prompt, chunks: Chunks, *, bare: bool
+) -> Generator[list[BlockKey], Sequence[int], Scan]:
     alive = 0
     needed: list[int] = []
     relevant = 0
@@ -160,11 +170,11 @@ def _scan(size: int, chains: list[Chain], get: Callable[[BlockKey, int], int], p
     ends: dict[int, int] = {}
     changes: list[tuple[int, int]] = []
     before = before_relevant = -1
-    done, chunk = 0, _FIRST_CHUNK
+    done, chunk = 0, chunks.first
     while done < total:
         upto = min(total, done + chunk)
         keys = prompt.keys(size, upto, bare=bare)
-        for number, holders in enumerate(map(get, keys[done:upto], repeat(0)), done):
+        for number, holders in enumerate((yield keys[done:upto]), done):
             if holders == before:
                 continue
             before = holders
@@ -184,7 +194,7 @@ def _scan(size: int, chains: list[Chain], get: Callable[[BlockKey, int], int], p
             if not alive and not needed and not to_the_end:
                 return Scan(ends, changes, number + 1)
         done = upto
-        chunk = min(2 * chunk, _LARGEST_CHUNK)
+        chunk = min(chunks.growth * chunk, chunks.largest)
     return Scan(ends, changes, total)
 
 

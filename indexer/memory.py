@@ -12,7 +12,7 @@ from indexer.errors import InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Known, Ledger, Slot
-from indexer.matching import Reader, answer, chains_of
+from indexer.matching import Chunks, LookUps, Reader, answer, chains_of
 from indexer.prompt import Prompt
 
 _SWEEP = 4096
@@ -132,7 +132,7 @@ class MemoryIndex:
 
     def _change(self, changes: list[Change]) -> None:
         table = self._table
-        for slot, keys, held in changes:
+        for slot, _, keys, held in changes:
             bit = slot.bit
             if held:
                 for key in keys:
@@ -210,9 +210,19 @@ class MemoryIndex:
                 wanted = frozenset(pods)
                 readers = [reader for reader in readers if reader.source.pod in wanted]
             bare = prompt.model in self._bare_models
-            found = answer(readers, self._table.get, prompt, bare=bare, size=block_size)
+            found = self._look_up(answer(readers, prompt, bare=bare, size=block_size, chunks=Chunks()))
             if reused == self._reused:
                 return [holding for holding in found if holding.tokens] if holders_only else found
+
+    def _look_up(self, asked: LookUps) -> list[Holding]:
+        get = self._table.get
+        holders: list[int] | None = None
+        try:
+            while True:
+                keys = asked.send(holders) if holders is not None else next(asked)
+                holders = [get(key, 0) for key in keys]
+        except StopIteration as done:
+            return cast("list[Holding]", done.value)
 
     def block_size(self, model: str) -> int | None:
         """Give the usual block size of a model, see `Index.block_size`."""
