@@ -39,7 +39,10 @@ class Slot:
 
 
 class Change(NamedTuple):
-    """Blocks that a slot holds from now on (`held`), or no longer. Changes apply in order."""
+    """Blocks that a slot holds from now on (`held`), or no longer. Changes apply in order.
+
+    A change without keys says that there is another physical copy of a name, or one less.
+    """
 
     slot: Slot
     names: list[EngineHash]
@@ -199,6 +202,7 @@ class Ledger:
             elif self._counted:
                 slot.copies[name] = slot.copies.get(name, 1) + 1
                 self._counters["copies_total"] += 1
+                changes.append(Change(slot, [name], [], held=True))
         if slot.seen is not None:
             now = time.monotonic()
             for name in hashes[: len(keys)]:
@@ -225,10 +229,12 @@ class Ledger:
             copies = holder.copies.get(name)
             if copies is None:
                 self._drop(holder, name, changes)
-            elif copies == 2:
+                continue
+            if copies == 2:
                 del holder.copies[name]
             else:
                 holder.copies[name] = copies - 1
+            changes.append(Change(holder, [name], [], held=False))
         return changes
 
     def _drop(self, slot: Slot, name: EngineHash, changes: list[Change]) -> None:
@@ -236,7 +242,7 @@ class Ledger:
         self._removed[name] = (key, slot.block_size)
         if len(self._removed) > self._limits.remembered_blocks:
             self._removed.popitem(last=False)
-        if changes and changes[-1].slot is slot and not changes[-1].held:
+        if changes and changes[-1].slot is slot and changes[-1].keys and not changes[-1].held:
             changes[-1].names.append(name)
             changes[-1].keys.append(key)
         else:

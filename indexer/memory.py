@@ -1,58 +1,22 @@
 """The index in this process, in plain Python: the readable specification of what every index does."""
 
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import cast
 
-from indexer.base import Copies, Holding, Limits, Source, SourceStatus
-from indexer.errors import InvalidQuestion, LimitReached
-from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
+from indexer.base import Holding, Limits
 from indexer.keys import BlockKey
-from indexer.ledger import Change, Known, Ledger, Slot
+from indexer.ledger import Change, Slot
 from indexer.matching import Chunks, LookUps, Reader, answer, chains_of
 from indexer.prompt import Prompt
+from indexer.tracking import Tracked, TrackingIndex
 
 _SWEEP = 4096
 """Blocks reclaimed at a time: a writer of another source waits no longer for the lock than that takes."""
 
-_COUNTERS = (
-    "stored",
-    "removed",
-    "cleared",
-    "restarts",
-    "copies",
-    "hash_conflicts",
-    "parked",
-    "unplaced",
-    "partial_blocks",
-    "removed_unknown",
-    "expired",
-    "evicted",
-    "too_many_slots",
-)
 
-
-class _Tracked:
-    """One source that is followed."""
-
-    def __init__(self, source: Source, model: str, copies: Copies, *, fleet_wide: bool) -> None:
-        self.source = source
-        self.model = model
-        self.copies: Copies = copies
-        self.fleet_wide = fleet_wide
-        self.incarnation = 0
-        self.reason = ""
-        self.since = 0.0
-        self.ledger: Ledger
-
-    def degraded(self) -> str:
-        return self.reason or self.ledger.degraded
-
-
-class MemoryIndex:
+class MemoryIndex(TrackingIndex):
     """An `Index` in this process.
 
     The table maps a block key to the set of slots that hold the block, as bits of an int. Writers take one lock for
@@ -62,137 +26,15 @@ class MemoryIndex:
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
-        self._lock = threading.RLock()
+        super().__init__(limits)
         self._table: dict[BlockKey, int] = {}
-        self._tracked: dict[Source, _Tracked] = {}
         self._views: dict[str, list[Reader]] = {}
-        self._bare_models: set[str] = set()
         self._bits = 0
         self._free_bits: list[int] = []
         self._reused = 0
-        self._counters: Counter[str] = Counter({f"{name}_total": 0 for name in _COUNTERS})
 
     def __repr__(self) -> str:
         return f"MemoryIndex(python, {len(self._table)} blocks, {len(self._tracked)} sources)"
-
-    def register(
-        self, source: Source, *, model: str, copies: Copies = "count", fleet_wide: bool = False, degraded: str = ""
-    ) -> None:
-        """Begin to follow a source, see `Index.register`."""
-        with self._lock:
-            if source in self._tracked:
-                return
-            if len(self._tracked) >= self._limits.max_sources:
-                raise LimitReached(
-                    f"source {source}: {len(self._tracked)} sources are followed already; raise Limits.max_sources"
-                )
-            tracked = _Tracked(source, model, copies, fleet_wide=fleet_wide)
-            self._begin(tracked)
-            self._tracked[source] = tracked
-            self._views = {}
-        if degraded:
-            self.degrade(source, degraded)
-
-    @property
-    def decoder(self) -> None:
-        """None: events come as `indexer.events` has them."""
-
-    def apply(self, source: Source, events: Events) -> None:
-        """Apply events in order, see `Index.apply`."""
-        tracked = self._require(source)
-        for event in cast("Sequence[Event]", events):
-            if isinstance(event, AllBlocksCleared):
-                self._counters["cleared_total"] += 1
-                self._renew(tracked, keep_groups=True)
-                continue
-            with self._lock:
-                self._require(source)  # it may have been forgotten meanwhile
-                self._apply_one(tracked, event)
-        if self._limits.max_bytes is not None:
-            self._keep_bound(self._limits.max_bytes)
-
-    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
-        """Apply batch after batch, see `Index.apply_all`."""
-        self._require(source)
-        for events in batches:
-            self.apply(source, events)
-
-    def _apply_one(self, tracked: _Tracked, event: BlockStored | BlockRemoved) -> None:
-        if isinstance(event, BlockRemoved):
-            self._counters["removed_total"] += len(event.block_hashes)
-            self._change(tracked.ledger.remove(event))
-            return
-        self._counters["stored_total"] += len(event.block_hashes)
-        if event.bare_images:
-            self._bare_models.add(tracked.model)
-        self._change(tracked.ledger.store(event))
-        for other in self._waiting_for(tracked):
-            self._change(other.ledger.learn(tracked.ledger.find, event.block_hashes))
-
-    def _change(self, changes: list[Change]) -> None:
-        table = self._table
-        for slot, _, keys, held in changes:
-            bit = slot.bit
-            if held:
-                for key in keys:
-                    holders = table.get(key, 0)
-                    if holders & bit:
-                        slot.aliases[key] = slot.aliases.get(key, 0) + 1
-                    else:
-                        table[key] = holders | bit
-            elif slot.aliases:
-                self._let_go([key for key in keys if not _unalias(slot, key)], bit)
-            else:
-                self._let_go(keys, bit)
-
-    def _let_go(self, keys: list[BlockKey], bit: int) -> None:
-        table = self._table
-        for key in keys:
-            holders = table.get(key, 0) & ~bit
-            if holders:
-                table[key] = holders
-            else:
-                table.pop(key, None)
-
-    def _waiting_for(self, tracked: _Tracked) -> list[_Tracked]:
-        """Give the shared caches of the same model that wait for somebody to say a block's tokens."""
-        return [
-            other
-            for other in self._fleet_wide(tracked.model)
-            if other is not tracked and other.ledger.waiting.has_unplaced
-        ]
-
-    def _fleet_wide(self, model: str) -> list[_Tracked]:
-        return [other for other in self._tracked.values() if other.fleet_wide and other.model == model]
-
-    def restart(self, source: Source) -> None:
-        """Forget what a source holds, see `Index.restart`."""
-        tracked = self._require(source)
-        self._counters["restarts_total"] += 1
-        self._renew(tracked, keep_groups=False)
-
-    def degrade(self, source: Source, reason: str) -> None:
-        """Say why answers about a source may be wrong, see `Index.degrade`."""
-        tracked = self._require(source)
-        if tracked.reason != reason:
-            tracked.since = time.time() if reason else 0.0
-            tracked.reason = reason
-
-    def expire(self) -> None:
-        """Drop blocks that outlived their time, see `Index.expire`."""
-        before = time.monotonic() - self._limits.silent_tier_ttl_s
-        for tracked in list(self._tracked.values()):
-            with self._lock:
-                self._change(tracked.ledger.expire(before))
-
-    def forget(self, pod: str) -> None:
-        """Stop following a pod, see `Index.forget`."""
-        with self._lock:
-            gone = [self._tracked.pop(source) for source in list(self._tracked) if source.pod == pod]
-            self._views = {}
-        for tracked in gone:
-            self._reclaim(tracked.ledger)
 
     def match(
         self,
@@ -224,54 +66,10 @@ class MemoryIndex:
         except StopIteration as done:
             return cast("list[Holding]", done.value)
 
-    def block_size(self, model: str) -> int | None:
-        """Give the usual block size of a model, see `Index.block_size`."""
-        sizes: Counter[int] = Counter()
-        with self._lock:
-            for tracked in self._tracked.values():
-                if tracked.model == model:
-                    groups = tracked.ledger.groups
-                    slots = tracked.ledger.slots.values()
-                    size = next((spec.block_size for spec in groups.values() if spec.tail is None), 0)
-                    size = size or next((slot.block_size for slot in slots if slot.tier == "gpu"), 0)
-                    size = size or next((slot.block_size for slot in slots), 0)
-                    sizes[size] += bool(size)
-        return min(sizes, key=lambda size: (-sizes[size], size)) if sizes.total() else None
-
-    def sources(self) -> list[SourceStatus]:
-        """Describe all sources, see `Index.sources`."""
-        with self._lock:
-            return [self._status(self._tracked[source]) for source in sorted(self._tracked)]
-
-    def _status(self, tracked: _Tracked) -> SourceStatus:
-        tiers: Counter[str] = Counter()
-        for slot in tracked.ledger.slots.values():
-            tiers[slot.tier] += len(slot.held)
-        degraded = tracked.degraded()
-        return SourceStatus(
-            source=tracked.source,
-            model=tracked.model,
-            incarnation=tracked.incarnation,
-            blocks=tiers.total(),
-            tiers=dict(tiers),
-            block_sizes=sorted({slot.block_size for slot in tracked.ledger.slots.values()}),
-            degraded=degraded,
-            degraded_since=tracked.since if degraded else 0.0,
-            fleet_wide=tracked.fleet_wide,
-        )
-
     def stats(self) -> dict[str, int]:
         """Give all counters and gauges, see `Index.stats`."""
         with self._lock:
-            ledgers = [tracked.ledger for tracked in self._tracked.values()]
-            return dict(self._counters) | {
-                "blocks": len(self._table),
-                "held": sum(len(slot.held) for ledger in ledgers for slot in ledger.slots.values()),
-                "waiting": sum(ledger.waiting.blocks for ledger in ledgers),
-                "waiting_dropped_total": sum(ledger.waiting.dropped for ledger in ledgers),
-                "sources": len(ledgers),
-                "bytes": self._bytes(),
-            }
+            return self._gauges() | {"blocks": len(self._table), "bytes": self._bytes()}
 
     def close(self) -> None:
         """Forget everything."""
@@ -280,64 +78,49 @@ class MemoryIndex:
             self._views = {}
             self._table.clear()
 
-    def _require(self, source: Source) -> _Tracked:
-        tracked = self._tracked.get(source)
-        if tracked is None:
-            raise InvalidQuestion(f"source {source}: not registered; call register() before anything else")
-        return tracked
+    def _change(self, _: Tracked, changes: list[Change]) -> None:
+        table = self._table
+        for slot, _names, keys, held in changes:
+            bit = slot.bit
+            if held:
+                for key in keys:
+                    holders = table.get(key, 0)
+                    if holders & bit:
+                        slot.aliases[key] = slot.aliases.get(key, 0) + 1
+                    else:
+                        table[key] = holders | bit
+            elif slot.aliases:
+                self._let_go([key for key in keys if not _unalias(slot, key)], bit)
+            else:
+                self._let_go(keys, bit)
 
-    def _begin(self, tracked: _Tracked, ledger: Ledger | None = None) -> None:
-        """Start an incarnation; `ledger` is that of the one before, where the cache is laid out as it was."""
-        tracked.incarnation += 1
-        tracked.ledger = Ledger(
-            tracked.model,
-            copies=tracked.copies,
-            limits=self._limits,
-            counters=self._counters,
-            new_slot=self._add_slot(tracked),
-            on_groups=self._forget_views,
-            groups=None if ledger is None else ledger.groups,
-            elsewhere=self._find_elsewhere(tracked.model) if tracked.fleet_wide else None,
-        )
+    def _let_go(self, keys: list[BlockKey], bit: int) -> None:
+        table = self._table
+        for key in keys:
+            holders = table.get(key, 0) & ~bit
+            if holders:
+                table[key] = holders
+            else:
+                table.pop(key, None)
 
-    def _renew(self, tracked: _Tracked, *, keep_groups: bool) -> None:
-        with self._lock:
-            ledger = tracked.ledger
-            self._begin(tracked, ledger if keep_groups else None)
-            self._views = {}
-        self._reclaim(ledger)
+    def _take_slot(self, _: Tracked, slot: Slot) -> bool:
+        number = self._free_bits.pop() if self._free_bits else self._bits
+        self._bits = max(self._bits, number + 1)
+        slot.bit = 1 << number
+        self._views = {}
+        return True
 
-    def _add_slot(self, tracked: _Tracked) -> Callable[[Slot], bool]:
-        def add(slot: Slot) -> bool:
-            if len(tracked.ledger.slots) >= self._limits.max_slots_per_source:
-                return False
-            number = self._free_bits.pop() if self._free_bits else self._bits
-            self._bits = max(self._bits, number + 1)
-            slot.bit = 1 << number
-            self._views = {}
-            return True
-
-        return add
-
-    def _forget_views(self) -> None:
+    def _layout_changed(self, _: Tracked) -> None:
         self._views = {}
 
-    def _find_elsewhere(self, model: str) -> Callable[[EngineHash], Known | None]:
-        def find(name: EngineHash) -> Known | None:
-            for other in self._tracked.values():
-                if other.model == model and not other.fleet_wide:
-                    known = other.ledger.find(name)
-                    if known is not None:
-                        return known
-            return None
+    def _trust_changed(self, _: Tracked) -> None:
+        """Nothing: readers ask the source."""
 
-        return find
+    def _applied(self, _: Tracked) -> None:
+        if self._limits.max_bytes is not None:
+            self._keep_bound(self._limits.max_bytes)
 
-    def _reclaim(self, ledger: Ledger) -> None:
-        """Take the slots of a ledger that is no longer in use out of the table, in small steps."""
-        self._reclaim_slots(ledger.slots.values())
-
-    def _reclaim_slots(self, slots: Iterable[Slot]) -> None:
+    def _reclaim(self, _: Tracked, slots: Iterable[Slot]) -> None:
         for slot in slots:
             keys = list(slot.held.values())
             for start in range(0, len(keys), _SWEEP):
@@ -356,16 +139,15 @@ class MemoryIndex:
     def _keep_bound(self, limit: int) -> None:
         """Forget the least useful tier of the largest source, again and again until memory is within its bound."""
         while True:
-            with self._lock:
-                full = [tracked for tracked in self._tracked.values() if not tracked.ledger.is_empty]
-                if not full or self._bytes() <= limit:
-                    return
-                gone = max(full, key=lambda tracked: tracked.ledger.bytes()).ledger.evict()
-                self._views = {}
-                self._counters["evicted_total"] += sum(len(slot.held) for slot in gone)
-            self._reclaim_slots(gone)
-            with self._lock:
-                self._table = dict(self._table)  # a dict gives memory back only when it is made anew
+            full = [tracked for tracked in self._tracked.values() if not tracked.ledger.is_empty]
+            if not full or self._bytes() <= limit:
+                return
+            largest = max(full, key=lambda tracked: tracked.ledger.bytes())
+            gone = largest.ledger.evict()
+            self._views = {}
+            self._counters["evicted_total"] += sum(len(slot.held) for slot in gone)
+            self._reclaim(largest, gone)
+            self._table = dict(self._table)  # a dict gives memory back only when it is made anew
 
     def _view(self, model: str) -> list[Reader]:
         views = self._views
