@@ -3,6 +3,7 @@
 * `IndexerError`
     * `InvalidQuestion` (also a `ValueError`): a prompt, URL or argument cannot be used as given
     * `LimitReached`: a configured bound would be exceeded
+    * `IndexUnavailable`: the database that holds the index does not answer
 """
 
 
@@ -16,3 +17,7 @@ class InvalidQuestion(IndexerError, ValueError):
 
 class LimitReached(IndexerError):
     """A configured bound would be exceeded; the message names the bound and the setting that raises it."""
+
+
+class IndexUnavailable(IndexerError):
+    """The database that holds the index does not answer, or not as it should; the message says which and how."""

@@ -5,6 +5,7 @@ places where they do. Sources that hold a model's blocks in one slot need no mor
 the others (several tiers, hybrid models, shared storage) are worked out from the places where the holders change.
 """
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -53,6 +54,44 @@ class Reader(NamedTuple):
     source: Source
     chains: tuple[Chain, ...]
     degraded: Callable[[], str]
+
+
+class Cache(NamedTuple):
+    """A source as a reader needs it. `degraded` is asked when an answer is made."""
+
+    source: Source
+    slots: Sequence[Slot]
+    groups: dict[int, GroupSpec]
+    fleet_wide: bool
+    degraded: Callable[[], str]
+
+
+def readers_of(caches: Sequence[Cache], block_sizes: int) -> list[Reader]:
+    """Say how the sources of one model are read, by no more block sizes than that many."""
+    shared = [slot for cache in caches if cache.fleet_wide for slot in cache.slots]
+    # by sources, not by blocks: their number depends on the layout alone, and no source has more than its one vote
+    votes = Counter(size for cache in caches for size in {slot.block_size for slot in cache.slots})
+    sizes = set(sorted(votes, key=lambda size: (-votes[size], size))[:block_sizes])
+    return [
+        Reader(
+            cache.source,
+            chains_of([slot for slot in [*cache.slots, *shared] if slot.block_size in sizes], cache.groups),
+            cache.degraded,
+        )
+        for cache in caches
+        if not cache.fleet_wide
+    ]
+
+
+def usual_block_size(caches: Sequence[Cache]) -> int | None:
+    """Give the block size that most of these sources use on their first tier, None where there is none."""
+    sizes: Counter[int] = Counter()
+    for cache in caches:
+        size = next((spec.block_size for spec in cache.groups.values() if spec.tail is None), 0)
+        size = size or next((slot.block_size for slot in cache.slots if slot.tier == "gpu"), 0)
+        size = size or next((slot.block_size for slot in cache.slots), 0)
+        sizes[size] += bool(size)
+    return min(sizes, key=lambda size: (-sizes[size], size)) if sizes.total() else None
 
 
 class Scan(NamedTuple):

@@ -1,14 +1,13 @@
 """The index in this process, in plain Python: the readable specification of what every index does."""
 
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import cast
 
 from indexer.base import Holding, Limits
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
-from indexer.matching import Chunks, LookUps, Reader, answer, chains_of
+from indexer.matching import Chunks, LookUps, Reader, answer, readers_of
 from indexer.prompt import Prompt
 from indexer.tracking import Tracked, TrackingIndex
 
@@ -160,23 +159,7 @@ class MemoryIndex(TrackingIndex):
         return view
 
     def _make_view(self, model: str) -> list[Reader]:
-        mine = [tracked for tracked in self._tracked.values() if tracked.model == model]
-        shared = [slot for tracked in mine if tracked.fleet_wide for slot in tracked.ledger.slots.values()]
-        # by sources, not by blocks: their number depends on the layout alone, and no source has more than its one vote
-        votes = Counter(size for tracked in mine for size in {s.block_size for s in tracked.ledger.slots.values()})
-        sizes = set(sorted(votes, key=lambda size: (-votes[size], size))[: self._limits.block_sizes])
-        return [
-            Reader(
-                tracked.source,
-                chains_of(
-                    [s for s in [*tracked.ledger.slots.values(), *shared] if s.block_size in sizes],
-                    dict(tracked.ledger.groups),
-                ),
-                tracked.degraded,
-            )
-            for tracked in mine
-            if not tracked.fleet_wide
-        ]
+        return readers_of(self._caches(model), self._limits.block_sizes)
 
 
 def _unalias(slot: Slot, key: BlockKey) -> bool:

@@ -11,6 +11,7 @@ from indexer.base import Copies, Limits, Source, SourceStatus
 from indexer.errors import InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.ledger import Change, Known, Ledger, Slot
+from indexer.matching import Cache, usual_block_size
 
 _COUNTERS = (
     "stored",
@@ -105,7 +106,7 @@ class TrackingIndex(ABC):
     @property
     def decoder(self) -> None:
         """None: events come as `indexer.events` has them."""
-        return None  # noqa: RET501
+        return None
 
     def apply(self, source: Source, events: Events) -> None:
         """Apply events in order, see `Index.apply`."""
@@ -183,17 +184,22 @@ class TrackingIndex(ABC):
 
     def block_size(self, model: str) -> int | None:
         """Give the usual block size of a model, see `Index.block_size`."""
-        sizes: Counter[int] = Counter()
         with self._lock:
-            for tracked in self._tracked.values():
-                if tracked.model == model:
-                    groups = tracked.ledger.groups
-                    slots = tracked.ledger.slots.values()
-                    size = next((spec.block_size for spec in groups.values() if spec.tail is None), 0)
-                    size = size or next((slot.block_size for slot in slots if slot.tier == "gpu"), 0)
-                    size = size or next((slot.block_size for slot in slots), 0)
-                    sizes[size] += bool(size)
-        return min(sizes, key=lambda size: (-sizes[size], size)) if sizes.total() else None
+            return usual_block_size(self._caches(model))
+
+    def _caches(self, model: str) -> list[Cache]:
+        """Describe the sources of a model as they are now."""
+        return [
+            Cache(
+                tracked.source,
+                list(tracked.ledger.slots.values()),
+                dict(tracked.ledger.groups),
+                tracked.fleet_wide,
+                tracked.degraded,
+            )
+            for tracked in self._tracked.values()
+            if tracked.model == model
+        ]
 
     def sources(self) -> list[SourceStatus]:
         """Describe all sources, see `Index.sources`."""

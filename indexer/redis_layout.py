@@ -1,0 +1,235 @@
+"""What an index looks like in Redis: names of keys, scripts, records. No I/O.
+
+* ``b<block key>``: a string of bits, one for each slot that holds the block.
+* ``d<model>``: a hash with a record of each source of a model, and the version of all of them in the field ``v``.
+* ``n<model>``: a string of bits, one for each slot number in use.
+* ``r<model>``: slots that are to be swept, and how far; ``s<model>``: the lock of whoever sweeps.
+* ``l<model>.<slot>``: the ledger of a slot, as a log: what its engine's hashes stand for.
+* ``models``: a hash of all models, by the tag that stands for them in other keys.
+* ``life``: a random word that was written when the database was empty; ``w<builder>``: how often a builder wrote.
+
+Numbers of slots are given out per model, as only sources of one model ever hold the same blocks: so bits stay few.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import xxhash
+
+from indexer.base import Copies, Source
+from indexer.events import EngineHash
+from indexer.keys import BlockKey
+
+VERSION = b"v"
+MAX_SLOTS = 65_536
+"""Slots of one model; a block's string is at most an eighth of this long."""
+
+TAKE_SLOT = """
+local number = redis.call('BITPOS', KEYS[1], 0)
+if number >= tonumber(ARGV[1]) then return -1 end
+redis.call('SETBIT', KEYS[1], number, 1)
+return number
+"""
+"""Gives the lowest slot number that is free, -1 where there is none."""
+
+HOLD = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+for at = 2, #KEYS do redis.call('SETBIT', KEYS[at], ARGV[2], 1) end
+return 1
+"""
+
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+for at = 2, #KEYS do
+  if redis.call('GETBIT', KEYS[at], ARGV[2]) == 1 then
+    redis.call('SETBIT', KEYS[at], ARGV[2], 0)
+    if redis.call('BITCOUNT', KEYS[at]) == 0 then redis.call('DEL', KEYS[at]) end
+  end
+end
+return 1
+"""
+"""Takes a slot out of blocks; what nobody holds is gone in the same step, so that no writer meets it half gone.
+
+Both scripts do nothing where the database is not the one that the slot's number was given out in, but one that began
+empty since: there the number may be somebody else's.
+"""
+
+SWEPT = """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then redis.call('SETBIT', KEYS[2], ARGV[1], 0) end
+"""
+"""Makes the number of a slot that is swept free again, once."""
+
+
+class SlotRecord(msgspec.Struct, array_like=True):
+    """A slot as readers need it, and as its builder finds it again."""
+
+    number: int
+    medium: str
+    group: int | None
+    block_size: int
+    blocks: int
+    ages: bool
+    """No removal was ever announced here, so blocks have to age out."""
+
+
+class SourceRecord(msgspec.Struct, array_like=True):
+    """A source in the directory of its model."""
+
+    pod: str
+    rank: int
+    incarnation: int
+    fleet_wide: bool
+    copies: Copies
+    reason: str
+    """Why its builder calls it degraded, "" when exact."""
+    degraded: str
+    """The same, or what its ledger knows itself."""
+    since: float
+    bare_images: bool
+    groups: list[tuple[int, int, int | None]]
+    """Number, block size and tail of each cache group."""
+    slots: list[SlotRecord]
+
+    @property
+    def source(self) -> Source:
+        """Whom the record is about."""
+        return Source(self.pod, self.rank)
+
+
+encode_record = msgspec.msgpack.Encoder().encode
+_decode_record = msgspec.msgpack.Decoder(SourceRecord).decode
+
+
+def decode_records(directory: dict[bytes, bytes]) -> list[SourceRecord]:
+    """Read the directory of a model. Records that cannot be read are somebody else's, or of another version."""
+    records = []
+    for field, value in directory.items():
+        if field != VERSION:
+            try:
+                records.append(_decode_record(value))
+            except msgspec.MsgspecError:
+                continue
+    records.sort(key=lambda record: record.source)
+    return records
+
+
+class Layout:
+    """Names of keys under one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix.encode()
+        self._block = self._prefix + b"b"
+        self.models = self._prefix + b"models"
+        self.life = self._prefix + b"life"
+
+    def tag(self, model: str) -> bytes:
+        """Give what stands for a model in keys."""
+        return b"{%016x}" % xxhash.xxh3_64_intdigest(model.encode())
+
+    def directory(self, tag: bytes) -> bytes:
+        """Name the directory of a model."""
+        return self._prefix + b"d" + tag
+
+    def numbers(self, tag: bytes) -> bytes:
+        """Name the slot numbers of a model that are in use."""
+        return self._prefix + b"n" + tag
+
+    def retired(self, tag: bytes) -> bytes:
+        """Name the slots of a model that are to be swept."""
+        return self._prefix + b"r" + tag
+
+    def sweeper(self, tag: bytes) -> bytes:
+        """Name the lock of whoever sweeps."""
+        return self._prefix + b"s" + tag
+
+    def log(self, tag: bytes, slot: int) -> bytes:
+        """Name the ledger of a slot."""
+        return self._prefix + b"l" + tag + b".%d" % slot
+
+    def writes(self, builder: bytes) -> bytes:
+        """Name the count of a builder's writes."""
+        return self._prefix + b"w" + builder
+
+    def blocks(self, keys: Sequence[BlockKey]) -> list[bytes]:
+        """Name some blocks."""
+        packed = struct.pack(f">{len(keys)}Q", *keys)
+        block = self._block
+        return [block + packed[at : at + 8] for at in range(0, len(packed), 8)]
+
+
+def bit_of(slot: int) -> int:
+    """Give the place of a slot in Redis' bit order, so that the string read as a little-endian number has that bit."""
+    return slot ^ 7
+
+
+def holders_of(value: bytes | None) -> int:
+    """Read the string of a block: bits of the slots that hold it."""
+    return 0 if value is None else int.from_bytes(value, "little")
+
+
+_LOG = msgspec.msgpack.Encoder()
+_HEAD = struct.Struct(">I")
+_HELD, _GONE, _COPIES = 0, 1, 2
+
+
+def log_blocks(names: Sequence[EngineHash], keys: Sequence[BlockKey], *, held: bool) -> bytes:
+    """Write an entry of a ledger's log: names that stand for keys from now on, or no longer."""
+    packed: bytes | Sequence[EngineHash]
+    try:
+        packed = struct.pack(f">{len(names)}Q", *names)
+    except struct.error:  # hashes that are bytes, or numbers beyond 64 bits
+        packed = names
+    return _entry([_HELD if held else _GONE, packed, struct.pack(f">{len(keys)}Q", *keys) if held else b""])
+
+
+def log_copies(name: EngineHash, copies: int) -> bytes:
+    """Write an entry of a ledger's log: how many physical copies a name has."""
+    return _entry([_COPIES, name, copies])
+
+
+def _entry(content: list[Any]) -> bytes:
+    body = _LOG.encode(content)
+    return _HEAD.pack(len(body)) + body
+
+
+class Replayed(msgspec.Struct):
+    """What a log says in the end, and what it said on the way."""
+
+    held: dict[EngineHash, BlockKey] = {}
+    copies: dict[EngineHash, int] = {}
+    mentioned: list[BlockKey] = []
+    """All keys that were ever held."""
+    read: int = 0
+    """Bytes of whole entries."""
+
+    def feed(self, log: bytes) -> None:
+        """Read entries; one that is cut short at the end waits for the next call."""
+        place = 0
+        while place + 4 <= len(log):
+            (size,) = _HEAD.unpack_from(log, place)
+            if place + 4 + size > len(log):
+                break
+            self._take(msgspec.msgpack.decode(log[place + 4 : place + 4 + size]))
+            place += 4 + size
+        self.read += place
+
+    def _take(self, entry: list[Any]) -> None:
+        kind, names, more = entry
+        if kind == _COPIES:
+            if more > 1:
+                self.copies[names] = more
+            else:
+                self.copies.pop(names, None)
+            return
+        if isinstance(names, bytes):
+            names = struct.unpack(f">{len(names) // 8}Q", names)
+        if kind == _GONE:
+            for name in names:
+                self.held.pop(name, None)
+                self.copies.pop(name, None)
+            return
+        keys = struct.unpack(f">{len(more) // 8}Q", more)
+        self.held.update(zip(names, keys, strict=True))
+        self.mentioned += keys
