@@ -1,15 +1,21 @@
 """Which source holds which blocks of the KV cache: sources, block keys, ledgers and the index."""
 
+from typing import TYPE_CHECKING
+
 from indexer._impl import Prompt, block_keys, implementation
 from indexer.base import Copies, Decoded, Holding, Index, Limits, Run, Source, SourceStatus, tier_of
-from indexer.errors import IndexerError, InvalidQuestion, LimitReached
+from indexer.errors import IndexerError, IndexUnavailable, InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.keys import ImageItem, TokenIds
 from indexer.memory import MemoryIndex
 from indexer.opening import open_index
 
+if TYPE_CHECKING:
+    from indexer.redis_index import AsyncRedisReader, RedisIndex
+
 __all__ = [
     "AllBlocksCleared",
+    "AsyncRedisReader",
     "BlockRemoved",
     "BlockStored",
     "Copies",
@@ -20,12 +26,14 @@ __all__ = [
     "Holding",
     "ImageItem",
     "Index",
+    "IndexUnavailable",
     "IndexerError",
     "InvalidQuestion",
     "LimitReached",
     "Limits",
     "MemoryIndex",
     "Prompt",
+    "RedisIndex",
     "Run",
     "Source",
     "SourceStatus",
@@ -35,3 +43,12 @@ __all__ = [
     "open_index",
     "tier_of",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Load what needs the Redis client when it is asked for: that takes longer than all the rest."""
+    if name in ("AsyncRedisReader", "RedisIndex"):
+        from indexer import redis_index
+
+        return getattr(redis_index, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

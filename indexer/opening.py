@@ -7,20 +7,26 @@ from indexer import _impl
 from indexer.base import Index, Limits
 from indexer.errors import InvalidQuestion
 from indexer.memory import MemoryIndex
+from indexer.redis_url import SCHEMES
 
 
 def open_index(url: str = "memory://", *, limits: Limits | None = None) -> Index:
     """Open the index that a URL names.
 
     ``memory://`` is an index in this process, in Rust where the compiled core is installed, else in plain Python, with
-    one warning; ``memory://?impl=native`` and ``memory://?impl=python`` ask for one of them.
+    one warning; ``memory://?impl=native`` and ``memory://?impl=python`` ask for one of them. ``redis://``, ``rediss://``,
+    ``valkey://``, ``valkeys://`` and ``unix://`` are an index in Redis or Valkey, see `RedisIndex`.
 
     Raises `InvalidQuestion` for a URL that names no index of this version, or a core that is not installed.
     """
     parts = urlsplit(url)
+    if parts.scheme in SCHEMES:
+        from indexer.redis_index import RedisIndex
+
+        return RedisIndex(url, limits)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme != "memory" or parts.netloc or parts.path:
-        raise InvalidQuestion(f"index URL {url!r}: expected memory://, memory://?impl=native or memory://?impl=python")
+        raise InvalidQuestion(f"index URL {url!r}: expected memory://, memory://?impl=python, redis://host:port/0, ...")
     asked = options.pop("impl", "")
     if asked not in ("", "native", "python") or options:
         raise InvalidQuestion(f"index URL {url!r}: the only option is impl, native or python")

@@ -52,8 +52,8 @@ return 1
 """
 """Takes a slot out of blocks; what nobody holds is gone in the same step, so that no writer meets it half gone.
 
-Both scripts do nothing where the database is not the one that the slot's number was given out in, but one that began
-empty since: there the number may be somebody else's.
+Both scripts begin with a key and the value that it must have, else they do nothing. For writers that is the word of the
+database: in one that began empty since, the slot's number may be somebody else's. For the sweep it is its lock.
 """
 
 SWEPT = """

@@ -1,0 +1,612 @@
+"""The index in Redis: one shared view for many builders and many scorers.
+
+A builder keeps the ledgers of its sources in memory, as the index in this process does, and writes what they say to
+Redis: the bits of each block, a record of each source, and each ledger as a log, from which a builder that was killed
+goes on. What could not be written waits within bounds; where that is not enough, or where Redis lost what it had, the
+source is written anew from its ledger. So a fault costs time, never truth.
+"""
+
+import os
+import time
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import structlog
+
+from indexer.base import Copies, Holding, Limits, Source, SourceStatus
+from indexer.errors import IndexUnavailable
+from indexer.groups import GroupSpec
+from indexer.keys import BlockKey
+from indexer.ledger import Change, Slot
+from indexer.prompt import Prompt
+from indexer.redis_layout import (
+    HOLD,
+    MAX_SLOTS,
+    RELEASE,
+    SWEPT,
+    TAKE_SLOT,
+    VERSION,
+    Layout,
+    Replayed,
+    SlotRecord,
+    SourceRecord,
+    bit_of,
+    decode_records,
+    encode_record,
+    log_blocks,
+    log_copies,
+)
+from indexer.redis_reader import Questions, ask, pairs_of
+from indexer.redis_store import AsyncRedisStore, Command, RedisStore
+from indexer.redis_url import parse_url
+from indexer.tracking import Tracked, TrackingIndex
+
+_AT_ONCE = 512
+"""Blocks that one script call changes: Redis does nothing else meanwhile, for about a quarter of a millisecond."""
+
+_ENTRY = 4096
+"""Blocks in one entry of a log that is written anew."""
+
+_SWEEP_BYTES = 64 * 1024
+_SWEEP_LOCK_MS = 10_000
+_LOG_SLACK = 1024
+"""A log is written anew when it has twice the entries that its slot has blocks, and so many more."""
+
+_COUNT_S = 86_400
+"""How long a builder's count of writes outlives it."""
+
+_BACKOFF_S = 0.05, 2.0
+
+_ORPHAN_S = 600.0
+"""How long a slot number may be in nobody's record; between taking and publishing one lies a round trip or two."""
+
+
+class _Mirror:
+    """What is in Redis of a slot."""
+
+    __slots__ = ("keys", "logged", "number", "published")
+
+    def __init__(self, number: int, *, published: bool = False) -> None:
+        self.number = number
+        self.published = published
+        """Whether the source's record has the number: from then on nobody takes it for lost."""
+        self.keys: dict[BlockKey, int] = {}
+        """How many names stand for each key."""
+        self.logged = 0
+        """Blocks mentioned in the log."""
+
+
+class RedisIndex(TrackingIndex):
+    """An `Index` in Redis or Valkey. All methods may be called from any thread.
+
+    `url` is ``redis://user:password@host:port/db``, ``rediss://``, ``valkey://``, ``valkeys://`` or ``unix://path``.
+    Its options are ``prefix`` of all keys (``kvindex:``) and ``timeout`` in seconds (1.0). Nothing else in the database
+    is touched. `buffer_bytes` bounds what waits while Redis does not answer.
+
+    Questions raise `IndexUnavailable` when Redis does not answer. Events never do: what they say is written when it
+    does again, at the latest with the next call of `expire`.
+    """
+
+    def __init__(self, url: str, limits: Limits | None = None, *, buffer_bytes: int = 64 * 1024 * 1024) -> None:
+        super().__init__(limits)
+        parsed = parse_url(url)
+        self._store = RedisStore(parsed)
+        self._layout = Layout(parsed.prefix)
+        self._questions = Questions(self._layout, self._limits.block_sizes)
+        self._log = structlog.get_logger("indexer")
+        self._buffer_bytes = buffer_bytes
+        self._builder = os.urandom(8).hex().encode()
+        self._life = b""
+        self._writes = 0
+        self._mirrors: dict[Slot, _Mirror] = {}
+        self._due: list[Command] = []
+        self._due_bytes = 0
+        self._unpublished: dict[Source, Tracked] = {}
+        """Sources whose record has to be written; with a new version where `_changed` has them too."""
+        self._changed: set[str] = set()
+        self._stale: dict[Source, Tracked] = {}
+        """Sources that have to be written anew from their ledgers."""
+        self._trust: dict[Source, str] = {}
+        """Why sources are degraded, as their records say."""
+        self._gone: dict[Source, Tracked] = {}
+        """Sources that were forgotten and are still in Redis."""
+        self._fresh: list[_Mirror] = []
+        """Mirrors whose numbers are in no record yet."""
+        self._orphans: dict[tuple[bytes, int], float] = {}
+        """Slot numbers that no source has, and since when."""
+        self._retry_at = 0.0
+        self._backoff = _BACKOFF_S[0]
+        self._counters.update(dict.fromkeys(("write_failures_total", "rewritten_total", "swept_total"), 0))
+
+    def __repr__(self) -> str:
+        return f"RedisIndex({self._store.shown}, {len(self._tracked)} sources of its own)"
+
+    # ---- questions
+
+    def match(
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
+    ) -> list[Holding]:
+        """Say what each source holds of a prompt, see `Index.match`. Raises `IndexUnavailable`."""
+        question = self._questions.match(prompt, pods=pods, block_size=block_size, holders_only=holders_only)
+        return ask(question, self._store.run)
+
+    def block_size(self, model: str) -> int | None:
+        """Give the usual block size of a model, see `Index.block_size`. Raises `IndexUnavailable`."""
+        return ask(self._questions.block_size(model), self._store.run)
+
+    def sources(self) -> list[SourceStatus]:
+        """Describe all sources, those of other builders too, see `Index.sources`. Raises `IndexUnavailable`."""
+        return ask(self._questions.sources(), self._store.run)
+
+    def stats(self) -> dict[str, int]:
+        """Give the counters and gauges of this builder, see `Index.stats`."""
+        with self._lock:
+            waiting = {"write_waiting_bytes": self._due_bytes, "stale_sources": len(self._stale)}
+            return self._gauges() | waiting
+
+    def close(self) -> None:
+        """Write what is due and give the connections back. The sources stay in Redis: another builder goes on."""
+        with self._lock:
+            self._retry_at = 0.0
+            self._flush()
+            self._tracked.clear()
+            self._mirrors.clear()
+        self._store.close()
+
+    # ---- events
+
+    def register(
+        self, source: Source, *, model: str, copies: Copies = "count", fleet_wide: bool = False, degraded: str = ""
+    ) -> None:
+        """Begin to follow a source, see `Index.register`; what another builder wrote of it is gone on with."""
+        with self._lock:
+            is_new = source not in self._tracked
+            if source in self._gone:
+                self._flush()
+            super().register(source, model=model, copies=copies, fleet_wide=fleet_wide)
+            if is_new:
+                self._resume(self._tracked[source])
+                self._flush()
+            if degraded and is_new:
+                self.degrade(source, degraded)
+
+    def expire(self) -> None:
+        """Drop blocks that outlived their time, write what waits, and sweep a little, see `Index.expire`."""
+        super().expire()
+        with self._lock:
+            self._flush()
+        try:
+            self.sweep()
+        except IndexUnavailable:
+            self._counters["write_failures_total"] += 1
+
+    def _change(self, tracked: Tracked, changes: list[Change]) -> None:
+        if tracked.source in self._stale:
+            return
+        tag = self._layout.tag(tracked.model)
+        for slot, names, keys, held in changes:
+            mirror = self._mirrors[slot]
+            log = self._layout.log(tag, mirror.number)
+            self._unpublished[tracked.source] = tracked
+            if not keys:
+                entries = b"".join(log_copies(name, slot.copies.get(name, 1)) for name in names)
+                self._add("APPEND", log, entries)
+                continue
+            entry = log_blocks(names, keys, held=held)
+            mirror.logged += len(names)
+            first = [key for key in keys if _counted(mirror.keys, key, held=held)]
+            # a log may say too much, never too little: from it the bits are taken back
+            if held:
+                self._add("APPEND", log, entry)
+                self._add_blocks(HOLD, mirror.number, first)
+            else:
+                self._add_blocks(RELEASE, mirror.number, first)
+                self._add("APPEND", log, entry)
+
+    def _add_blocks(self, script: str, number: int, keys: list[BlockKey]) -> None:
+        for at in range(0, len(keys), _AT_ONCE):
+            names = self._layout.blocks(keys[at : at + _AT_ONCE])
+            self._add("EVAL", script, len(names) + 1, self._layout.life, *names, self._life, bit_of(number))
+
+    def _add(self, *command: Any) -> None:  # noqa: ANN401
+        self._due.append(command)
+        self._due_bytes += 64 + 24 * len(command) + (len(command[2]) if command[0] == "APPEND" else 0)
+
+    def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
+        number = -1
+        try:
+            if tracked.source not in self._stale:
+                number = self._new_number(tracked)
+                if number < 0:
+                    return False
+        except IndexUnavailable as error:
+            self._failed(error)
+            self._stale[tracked.source] = tracked
+        mirror = self._mirrors[slot] = _Mirror(number)
+        self._fresh.append(mirror)
+        self._layout_changed(tracked)
+        slot.bit = 1 << max(number, 0)
+        return True
+
+    def _new_number(self, tracked: Tracked) -> int:
+        self._begin_life()
+        key = self._layout.numbers(self._layout.tag(tracked.model))
+        (number,) = self._store.run([("EVAL", TAKE_SLOT, 1, key, MAX_SLOTS)])
+        return int(number)
+
+    def _begin_life(self) -> None:
+        """Learn the word of the database that is there now."""
+        if not self._life:
+            word = os.urandom(8).hex().encode()
+            _, self._life = self._store.run([("SET", self._layout.life, word, "NX"), ("GET", self._layout.life)])
+
+    def _layout_changed(self, tracked: Tracked) -> None:
+        if self._tracked.get(tracked.source, tracked) is not tracked or tracked.source not in self._tracked:
+            self._gone[tracked.source] = tracked
+        self._unpublished[tracked.source] = tracked
+        self._changed.add(tracked.model)
+
+    def _trust_changed(self, tracked: Tracked) -> None:
+        self._layout_changed(tracked)
+        self._flush()
+
+    def _applied(self, tracked: Tracked) -> None:
+        if self._trust.get(tracked.source) != tracked.degraded():
+            self._layout_changed(tracked)
+        for slot in () if tracked.source in self._stale else tracked.ledger.slots.values():
+            mirror = self._mirrors[slot]
+            if mirror.logged > 2 * len(slot.held) + _LOG_SLACK:
+                tag = self._layout.tag(tracked.model)
+                self._add("SET", self._layout.log(tag, mirror.number), _log_of(slot))
+                mirror.logged = len(slot.held)
+        self._flush()
+
+    def _reclaim(self, tracked: Tracked, slots: Iterable[Slot]) -> None:
+        """Leave slots to the sweep. Their source's record no longer has them, and is written first."""
+        with self._lock:
+            retired = self._layout.retired(self._layout.tag(tracked.model))
+            self._publish_due()
+            gone = [self._mirrors.pop(slot) for slot in slots if slot in self._mirrors]
+            # what is written anew, or forgotten, leaves all that its record says
+            if self._tracked.get(tracked.source) is tracked and tracked.source not in self._stale:
+                for mirror in gone:
+                    self._add("HSETNX", retired, mirror.number, 0)
+            self._flush()
+
+    # ---- writing
+
+    def _flush(self) -> None:
+        """Write what is due, or leave it for later."""
+        if time.monotonic() < self._retry_at:
+            self._keep_within_bounds()
+            return
+        try:
+            self._begin_life()
+            for tracked in list(self._stale.values()):
+                self._rewrite(tracked)
+            for tracked in list(self._gone.values()):
+                self._leave(tracked)
+            self._publish_due()
+            if self._due:
+                self._write()
+            self._backoff = _BACKOFF_S[0]
+        except IndexUnavailable as error:
+            self._failed(error)
+
+    def _write(self) -> None:
+        counter = self._layout.writes(self._builder)
+        count: list[Command] = [("GET", counter), ("SET", counter, self._writes + 1, "EX", _COUNT_S)]
+        before, _, *answers = self._store.run([*count, *self._due])
+        lost = self._writes and int(before or 0) not in (self._writes, self._writes + 1)
+        refused = any(answer == 0 for answer, due in zip(answers, self._due, strict=True) if due[1] in (HOLD, RELEASE))
+        self._writes += 1
+        self._due, self._due_bytes = [], 0
+        self._note_published()
+        if lost or refused:
+            self._start_over()
+
+    def _note_published(self) -> None:
+        for mirror in self._fresh:
+            mirror.published = True
+        self._fresh.clear()
+
+    def _start_over(self) -> None:
+        """Redis is not what it was when we wrote last: it began empty, or an older copy took over."""
+        self._log.warning("redis_lost_writes", index=self._store.shown)
+        self._life = b""
+        self._writes = 0
+        self._due, self._due_bytes = [], 0
+        self._stale = dict(self._tracked)
+        for tracked in list(self._stale.values()):
+            self._rewrite(tracked)
+
+    def _leave(self, tracked: Tracked) -> None:
+        """Take a forgotten source out of Redis: from one step to the next nobody sees its blocks."""
+        if tracked.source not in self._tracked:
+            tag = self._layout.tag(tracked.model)
+            directory, field = self._layout.directory(tag), _field(tracked.source)
+            (value,) = self._store.run([("HGET", directory, field)])
+            commands: list[Command] = [("HDEL", directory, field), ("HINCRBY", directory, VERSION, 1)]
+            for record in decode_records({field: value} if value else {}):
+                commands += [("HSETNX", self._layout.retired(tag), slot.number, 0) for slot in record.slots]
+            self._store.run(commands)
+            self._trust.pop(tracked.source, None)
+        self._gone.pop(tracked.source, None)
+        self._stale.pop(tracked.source, None)
+
+    def _failed(self, error: IndexUnavailable) -> None:
+        for source, tracked in self._tracked.items():
+            if not all(self._mirrors[slot].published for slot in tracked.ledger.slots.values()):
+                self._stale[source] = tracked
+        self._counters["write_failures_total"] += 1
+        self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._due_bytes)
+        self._retry_at = time.monotonic() + self._backoff
+        self._backoff = min(2 * self._backoff, _BACKOFF_S[1])
+        self._keep_within_bounds()
+
+    def _keep_within_bounds(self) -> None:
+        if self._due_bytes > self._buffer_bytes:
+            self._due, self._due_bytes = [], 0
+            self._stale = dict(self._tracked)
+
+    def _publish_due(self) -> None:
+        """Put the records that changed behind what is due; readers follow when they see the new version."""
+        for tracked in self._unpublished.values():
+            if tracked.source in self._stale or self._tracked.get(tracked.source) is not tracked:
+                continue
+            tag = self._layout.tag(tracked.model)
+            self._add("HSET", self._layout.directory(tag), _field(tracked.source), encode_record(self._record(tracked)))
+            self._add("HSET", self._layout.models, tag, tracked.model.encode())
+        for model in self._changed:
+            self._add("HINCRBY", self._layout.directory(self._layout.tag(model)), VERSION, 1)
+        self._unpublished.clear()
+        self._changed.clear()
+
+    def _record(self, tracked: Tracked) -> SourceRecord:
+        ledger = tracked.ledger
+        degraded = self._trust[tracked.source] = tracked.degraded()
+        slots = [
+            SlotRecord(
+                self._mirrors[slot].number,
+                slot.medium,
+                slot.group,
+                slot.block_size,
+                len(slot.held),
+                slot.seen is not None,
+            )
+            for slot in ledger.slots.values()
+        ]
+        groups = [(number, spec.block_size, spec.tail) for number, spec in ledger.groups.items()]
+        bare = tracked.model in self._bare_models
+        return SourceRecord(
+            *tracked.source,
+            tracked.incarnation,
+            tracked.fleet_wide,
+            tracked.copies,
+            tracked.reason,
+            degraded,
+            tracked.since,
+            bare,
+            groups,
+            slots,
+        )
+
+    def _rewrite(self, tracked: Tracked) -> None:
+        """Write a source anew from its ledger, under new slot numbers; the old ones are swept."""
+        tag = self._layout.tag(tracked.model)
+        directory, field = self._layout.directory(tag), _field(tracked.source)
+        self._begin_life()
+        (before,) = self._store.run([("HGET", directory, field)])
+        old = decode_records({field: before} if before else {})
+        for slot in tracked.ledger.slots.values():
+            number = self._new_number(tracked)
+            if number < 0:
+                raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
+            mirror = self._mirrors[slot] = _Mirror(number, published=True)
+            slot.bit = 1 << number
+            for key in slot.held.values():
+                mirror.keys[key] = mirror.keys.get(key, 0) + 1
+            mirror.logged = len(slot.held)
+            commands: list[Command] = [("SET", self._layout.log(tag, number), _log_of(slot))]
+            keys = list(mirror.keys)
+            for at in range(0, len(keys), _AT_ONCE):
+                names = self._layout.blocks(keys[at : at + _AT_ONCE])
+                commands.append(("EVAL", HOLD, len(names) + 1, self._layout.life, *names, self._life, bit_of(number)))
+            for at in range(0, len(commands), 64):
+                if 0 in self._store.run(commands[at : at + 64]):
+                    raise IndexUnavailable(f"{self._store.shown}: began empty while it was written")
+        commands = [
+            ("HSET", directory, field, encode_record(self._record(tracked))),
+            ("HSET", self._layout.models, tag, tracked.model.encode()),
+            ("HINCRBY", directory, VERSION, 1),
+        ]
+        mine = {self._mirrors[slot].number for slot in tracked.ledger.slots.values()}
+        for record in old:
+            gone = [slot.number for slot in record.slots if slot.number not in mine]
+            commands += [("HSETNX", self._layout.retired(tag), number, 0) for number in gone]
+        self._store.run(commands)
+        self._stale.pop(tracked.source, None)
+        self._unpublished.pop(tracked.source, None)
+        self._counters["rewritten_total"] += 1
+
+    # ---- going on after another builder
+
+    def _resume(self, tracked: Tracked) -> None:
+        """Take over what Redis has of a source: the builder that wrote it is gone."""
+        tag = self._layout.tag(tracked.model)
+        field = _field(tracked.source)
+        try:
+            self._begin_life()
+            (value,) = self._store.run([("HGET", self._layout.directory(tag), field)])
+            records = decode_records({field: value} if value else {})
+            if not records:
+                return
+            (record,) = records
+            logs = self._store.run(
+                [("GET", self._layout.log(tag, slot.number)) for slot in record.slots] or [("PING",)]
+            )
+        except IndexUnavailable as error:
+            self._failed(error)
+            self._stale[tracked.source] = tracked  # whatever is there is replaced when Redis answers
+            return
+        tracked.incarnation = record.incarnation
+        tracked.reason, tracked.since = record.reason, record.since
+        ledger = tracked.ledger
+        ledger.groups.update({number: GroupSpec(size, tail) for number, size, tail in record.groups})
+        if record.bare_images:
+            self._bare_models.add(tracked.model)
+        for known, log in zip(record.slots, logs, strict=False):
+            replayed = Replayed()
+            replayed.feed(log or b"")
+            slot = Slot(known.medium, known.group, known.block_size)
+            slot.bit = 1 << known.number
+            slot.held, slot.copies = replayed.held, replayed.copies
+            if slot.seen is not None:
+                now = time.monotonic()
+                slot.seen.update(dict.fromkeys(slot.held, now))
+                slot.seen = slot.seen if known.ages else None
+            mirror = self._mirrors[slot] = _Mirror(known.number, published=True)
+            for key in slot.held.values():
+                mirror.keys[key] = mirror.keys.get(key, 0) + 1
+            mirror.logged = len(replayed.mentioned)
+            ledger.slots[known.medium, known.group, known.block_size] = slot
+
+    # ---- sweeping
+
+    def sweep(self, budget: int = 16) -> int:
+        """Take the blocks of slots that nobody sees any more out of Redis; give the number of portions done.
+
+        A portion is 64 KiB of a ledger's log, some thousand blocks. One builder sweeps a model at a time; who comes
+        after one that was killed goes on where it was. Raises `IndexUnavailable`.
+        """
+        done = 0
+        (listed,) = self._store.run([("HGETALL", self._layout.models)])
+        for tag in pairs_of(listed):
+            self._find_orphans(tag)
+            (retired,) = self._store.run([("HGETALL", self._layout.retired(tag))])
+            for number, cursor in pairs_of(retired).items():
+                if done >= budget or not self._may_sweep(tag):
+                    return done
+                place: int | None = int(cursor)
+                while place is not None and done < budget:
+                    place = self._sweep_some(tag, int(number), place)
+                    done += 1
+        return done
+
+    def _may_sweep(self, tag: bytes) -> bool:
+        lock = self._layout.sweeper(tag)
+        taken, owner = self._store.run(
+            [
+                ("SET", lock, self._builder, "NX", "PX", _SWEEP_LOCK_MS),
+                ("GET", lock),
+            ]
+        )
+        return bool(taken) or owner == self._builder
+
+    def _sweep_some(self, tag: bytes, number: int, cursor: int) -> int | None:
+        """Sweep one portion; give the place where the next begins, None when there is none."""
+        log, retired = self._layout.log(tag, number), self._layout.retired(tag)
+        size = _SWEEP_BYTES
+        while True:
+            (portion,) = self._store.run([("GETRANGE", log, cursor, cursor + size - 1)])
+            replayed = Replayed()
+            replayed.feed(portion)
+            if replayed.read or len(portion) < size:
+                break
+            size *= 4  # an entry that is longer than a portion
+        if not replayed.read:
+            self._store.run(
+                [
+                    ("DEL", log),
+                    ("EVAL", SWEPT, 2, retired, self._layout.numbers(tag), number),
+                ]
+            )
+            self._counters["swept_total"] += 1
+            return None
+        commands: list[Command] = []
+        for at in range(0, len(replayed.mentioned), _AT_ONCE):
+            names = self._layout.blocks(replayed.mentioned[at : at + _AT_ONCE])
+            commands.append(
+                ("EVAL", RELEASE, len(names) + 1, self._layout.sweeper(tag), *names, self._builder, bit_of(number))
+            )
+        *released, _ = self._store.run([*commands, ("HSET", retired, number, cursor + replayed.read)])
+        if 0 in released:  # it took us so long that somebody else sweeps now
+            self._store.run([("HSET", retired, number, cursor)])
+        return cursor + replayed.read
+
+    def _find_orphans(self, tag: bytes) -> None:
+        """Retire numbers that were given out to a builder that was killed before it said what for."""
+        used, directory, retired = self._store.run(
+            [
+                ("GET", self._layout.numbers(tag)),
+                ("HGETALL", self._layout.directory(tag)),
+                ("HGETALL", self._layout.retired(tag)),
+            ]
+        )
+        known = {slot.number for record in decode_records(pairs_of(directory)) for slot in record.slots}
+        known |= {int(number) for number in pairs_of(retired)}
+        bits = used or b""
+        lost = {number for number in range(8 * len(bits)) if bits[number // 8] >> (7 - number % 8) & 1} - known
+        now = time.monotonic()
+        self._orphans = {key: since for key, since in self._orphans.items() if key[0] != tag or key[1] in lost}
+        for number in lost:
+            if now - self._orphans.setdefault((tag, number), now) > _ORPHAN_S:
+                self._store.run([("HSETNX", self._layout.retired(tag), number, 0)])
+
+
+class AsyncRedisReader:
+    """Questions to an index in Redis from an event loop; it follows no sources. `url` as for `RedisIndex`."""
+
+    def __init__(self, url: str, limits: Limits | None = None) -> None:
+        parsed = parse_url(url)
+        self._store = AsyncRedisStore(parsed)
+        self._questions = Questions(Layout(parsed.prefix), (limits or Limits()).block_sizes)
+
+    async def match(
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
+    ) -> list[Holding]:
+        """Do what `Index.match` does. Raises `IndexUnavailable`."""
+        question = self._questions.match(prompt, pods=pods, block_size=block_size, holders_only=holders_only)
+        try:
+            commands = next(question)
+            while True:
+                commands = question.send(await self._store.run(commands))
+        except StopIteration as done:
+            found: list[Holding] = done.value
+            return found
+
+    async def close(self) -> None:
+        """Give all connections back. May be called twice."""
+        await self._store.close()
+
+
+def _field(source: Source) -> bytes:
+    return f"{source.rank} {source.pod}".encode()
+
+
+def _counted(counts: dict[BlockKey, int], key: BlockKey, *, held: bool) -> bool:
+    """Count the names of a key; say whether it is the first that came, or the last that went."""
+    names = counts.get(key, 0) + (1 if held else -1)
+    if names > 0:
+        counts[key] = names
+    else:
+        counts.pop(key, None)
+    return names == (1 if held else 0)
+
+
+def _log_of(slot: Slot) -> bytes:
+    names, keys = list(slot.held), list(slot.held.values())
+    entries = [
+        log_blocks(names[at : at + _ENTRY], keys[at : at + _ENTRY], held=True) for at in range(0, len(names), _ENTRY)
+    ]
+    return b"".join([*entries, *(log_copies(name, copies) for name, copies in slot.copies.items())])

@@ -1,0 +1,167 @@
+"""Questions to an index in Redis, without I/O: each gives rounds of commands and is sent their answers.
+
+So the same questions are asked by threads and by an event loop. A reader keeps, for each model, what it read of the
+directory, and the version of it. Each round asks for the version before and after the blocks: as long as both are the
+one that is known, the bits mean what the reader takes them for.
+"""
+
+from collections.abc import Callable, Collection, Generator
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from indexer.base import Holding, SourceStatus
+from indexer.errors import IndexUnavailable
+from indexer.groups import GroupSpec
+from indexer.ledger import Slot
+from indexer.matching import Cache, Chunks, Reader, answer, readers_of, usual_block_size
+from indexer.prompt import Prompt
+from indexer.redis_layout import VERSION, Layout, SourceRecord, decode_records, holders_of
+from indexer.redis_store import Command
+
+T = TypeVar("T")
+Question: TypeAlias = Generator[list[Command], list[Any], T]
+
+CHUNKS = Chunks(first=128, growth=8, largest=4096)
+"""Most prompts leave what is cached early; those that do not are read in few rounds."""
+
+_TRIES = 16
+
+
+class _View(NamedTuple):
+    version: bytes | None
+    readers: list[Reader]
+    bare: bool
+
+
+class Questions:
+    """What can be asked of an index in Redis. May be used by any number of threads."""
+
+    def __init__(self, layout: Layout, block_sizes: int) -> None:
+        self._layout = layout
+        self._block_sizes = block_sizes
+        self._views: dict[str, _View] = {}
+
+    def match(
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
+    ) -> Question[list[Holding]]:
+        """Ask what each source holds of a prompt, see `Index.match`."""
+        model = prompt.model
+        for _ in range(_TRIES):
+            view = self._views.get(model)
+            if view is None:
+                view = yield from self._load(model)
+            readers = view.readers
+            if pods is not None:
+                wanted = frozenset(pods)
+                readers = [reader for reader in readers if reader.source.pod in wanted]
+            found = yield from self._look_up(readers, view, prompt, block_size)
+            if found is not None:
+                return [holding for holding in found if holding.tokens] if holders_only else found
+            self._views.pop(model, None)
+        raise IndexUnavailable(f"the sources of model {model!r} changed {_TRIES} times while a question was asked")
+
+    def _look_up(
+        self, readers: list[Reader], view: _View, prompt: Prompt, size: int | None
+    ) -> Question[list[Holding] | None]:
+        """Look a prompt up; None where the view is out of date."""
+        version: Command = ("HGET", self._layout.directory(self._layout.tag(prompt.model)), VERSION)
+        asked = answer(readers, prompt, bare=view.bare, size=size, chunks=CHUNKS)
+        rounds = 0
+        try:
+            keys = next(asked)
+            while True:
+                rounds += 1
+                before, values, after = yield [version, ("MGET", *self._layout.blocks(keys)), version]
+                if not before == after == view.version:
+                    return None
+                keys = asked.send([holders_of(value) for value in values])
+        except StopIteration as done:
+            found: list[Holding] = done.value
+        if not rounds:
+            (now,) = yield [version]
+            if now != view.version:
+                return None
+        return found
+
+    def _load(self, model: str) -> Question[_View]:
+        directory = yield from self._directory(model)
+        records = decode_records(directory)
+        view = _View(
+            directory.get(VERSION),
+            readers_of([_cache_of(record) for record in records], self._block_sizes),
+            any(record.bare_images for record in records),
+        )
+        if records:  # anybody may ask for any model: only those that exist are remembered
+            self._views[model] = view
+        return view
+
+    def _directory(self, model: str) -> Question[dict[bytes, bytes]]:
+        (listed,) = yield [("HGETALL", self._layout.directory(self._layout.tag(model)))]
+        return pairs_of(listed)
+
+    def block_size(self, model: str) -> Question[int | None]:
+        """Ask for the usual block size of a model, see `Index.block_size`."""
+        directory = yield from self._directory(model)
+        return usual_block_size([_cache_of(record) for record in decode_records(directory)])
+
+    def sources(self) -> Question[list[SourceStatus]]:
+        """Ask for all sources, see `Index.sources`."""
+        (listed,) = yield [("HGETALL", self._layout.models)]
+        models = pairs_of(listed)
+        directories = (yield [("HGETALL", self._layout.directory(tag)) for tag in models]) if models else []
+        found = [
+            _status_of(record, model.decode("utf-8", "replace"))
+            for model, directory in zip(models.values(), directories, strict=True)
+            for record in decode_records(pairs_of(directory))
+        ]
+        found.sort(key=lambda status: status.source)
+        return found
+
+
+def ask(question: Question[T], run: Callable[[list[Command]], list[Any]]) -> T:
+    """Ask a question by whatever runs its commands."""
+    try:
+        commands = next(question)
+        while True:
+            commands = question.send(run(commands))
+    except StopIteration as done:
+        answered: T = done.value
+        return answered
+
+
+def pairs_of(listed: Any) -> dict[bytes, bytes]:  # noqa: ANN401  (a list or a dict, by the version of the protocol)
+    """Read the answer to HGETALL."""
+    return listed if isinstance(listed, dict) else dict(zip(listed[::2], listed[1::2], strict=True))
+
+
+def _cache_of(record: SourceRecord) -> Cache:
+    slots = []
+    for known in record.slots:
+        slot = Slot(known.medium, known.group, known.block_size)
+        slot.bit = 1 << known.number
+        slots.append(slot)
+    groups = {number: GroupSpec(size, tail) for number, size, tail in record.groups}
+    return Cache(record.source, slots, groups, record.fleet_wide, lambda: record.degraded)
+
+
+def _status_of(record: SourceRecord, model: str) -> SourceStatus:
+    tiers: dict[str, int] = {}
+    for slot in _cache_of(record).slots:
+        tiers.setdefault(slot.tier, 0)
+    for known in record.slots:
+        tiers[Slot(known.medium, known.group, known.block_size).tier] += known.blocks
+    return SourceStatus(
+        source=record.source,
+        model=model,
+        incarnation=record.incarnation,
+        blocks=sum(tiers.values()),
+        tiers=tiers,
+        block_sizes=sorted({slot.block_size for slot in record.slots}),
+        degraded=record.degraded,
+        degraded_since=record.since if record.degraded else 0.0,
+        fleet_wide=record.fleet_wide,
+    )
