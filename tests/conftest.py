@@ -1,9 +1,10 @@
 """What several tests use."""
 
+import itertools
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,20 @@ import msgspec
 import pytest
 import xxhash
 
-from indexer import BlockRemoved, BlockStored, Index, InvalidQuestion, Source, implementation, keys, open_index, prompt
+from indexer import (
+    BlockRemoved,
+    BlockStored,
+    Index,
+    InvalidQuestion,
+    Limits,
+    Source,
+    implementation,
+    keys,
+    open_index,
+    prompt,
+)
+
+from .redis_server import BINARY, RedisServer
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("*.jsonl"))
 MODEL = "test/model"
@@ -57,6 +71,16 @@ def hashing_of(impl: str) -> SimpleNamespace:
     return SimpleNamespace(block_keys=native.block_keys, Prompt=_native.Prompt)
 
 
+def blocks_in(index: Index) -> int:
+    """How many blocks an index keeps for anybody, after what is no longer seen is swept."""
+    stats = index.stats()
+    if "blocks" in stats:
+        return stats["blocks"]
+    while index.sweep():
+        pass
+    return len(index._store.run([("KEYS", index._layout._block + b"*")])[0])
+
+
 def _has_core() -> bool:
     try:
         open_index("memory://?impl=native").close()
@@ -68,6 +92,7 @@ def _has_core() -> bool:
 HAS_CORE = _has_core()
 # skipped at the desk of somebody without Rust, never in CI: there a core that is missing has to fail
 NEEDS_CORE = pytest.mark.skipif(not HAS_CORE and "CI" not in os.environ, reason="the compiled core is not built")
+NEEDS_REDIS = pytest.mark.skipif(not BINARY and "CI" not in os.environ, reason="there is no redis-server")
 IMPLEMENTATIONS = ["python", pytest.param("native", marks=NEEDS_CORE)]
 
 
@@ -87,10 +112,32 @@ def hashing(impl) -> SimpleNamespace:
     return hashing_of(impl)
 
 
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
+    """A Redis for all tests that leave it as it is."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session", params=[*IMPLEMENTATIONS, pytest.param("redis", marks=NEEDS_REDIS)])
+def open_new(request) -> Callable[..., Index]:
+    """Opens an empty index of each kind; `limits` as `open_index` takes them."""
+    numbers = itertools.count()
+
+    def opened(limits: Limits | None = None) -> Index:
+        if request.param != "redis":
+            return open_index(f"memory://?impl={request.param}", limits=limits)
+        server = request.getfixturevalue("redis_server")
+        return open_index(f"{server.url}?prefix={next(numbers)}:", limits=limits)
+
+    return opened
+
+
 @pytest.fixture
-def index(impl) -> Iterator[Index]:
+def index(open_new) -> Iterator[Index]:
     """Every implementation of the index, empty, following one source."""
-    opened = open_index(f"memory://?impl={impl}")
+    opened = open_new()
     opened.register(POD, model=MODEL)
     yield opened
     opened.close()

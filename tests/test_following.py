@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from indexer import open_index
 from kvevents import EventPool, Message
 from kvevents.testing import DIALECTS
 from kvindex.engine import SimulatedEngine
@@ -22,8 +21,8 @@ def prompts(count, seed):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_the_index_follows_the_engine(dialect, impl):
-    engine, index = SimulatedEngine(block_size=4, num_blocks=40), open_index(f"memory://?impl={impl}")
+def test_the_index_follows_the_engine(dialect, open_new):
+    engine, index = SimulatedEngine(block_size=4, num_blocks=40), open_new()
     scorer = PrefixScorer(index)
     with EventPool(index) as pool:
         for seq, tokens in enumerate(prompts(300, 2)):
@@ -38,8 +37,8 @@ def test_the_index_follows_the_engine(dialect, impl):
 
 
 @pytest.mark.parametrize("dialect", ["vllm-map", "vllm-array", "sglang"])
-def test_salted_and_adapted_prompts_are_apart(dialect, impl):
-    engine, index = SimulatedEngine(block_size=4, num_blocks=100), open_index(f"memory://?impl={impl}")
+def test_salted_and_adapted_prompts_are_apart(dialect, open_new):
+    engine, index = SimulatedEngine(block_size=4, num_blocks=100), open_new()
     tokens = list(range(12))
     events = (
         engine.run(tokens, [], lora_name="ad", cache_salt="s").events + engine.run(tokens, [], cache_salt="s").events

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from indexer import Prompt, Source, open_index
+from indexer import Prompt, Source
 from kvevents import EventPool, Message, decode_batch
 from scorer import PrefixScorer
 
@@ -15,9 +15,9 @@ from .conftest import GOLDEN, read_capture
 REAL_CAPTURE = Path(__file__).parents[2] / "shared/data/kv_events/vllm_0.26.0_zmq_capture_salt.jsonl.gz"
 
 
-def play(path: Path, copies: str, impl: str):
+def play(path: Path, copies: str, open_new):
     capture = read_capture(path)
-    index = open_index(f"memory://?impl={impl}")
+    index = open_new()
     with EventPool(index, workers=2, copies=copies) as pool:
         for line in capture:
             if line["kind"] == "message":
@@ -47,9 +47,9 @@ def test_all_captures_are_there():
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_answers_are_the_engines_own(path, impl):
+def test_answers_are_the_engines_own(path, open_new):
     copies = "set" if path.stem == "report_full" else "count"
-    meta, queries, index, stats = play(path, copies, impl)
+    meta, queries, index, stats = play(path, copies, open_new)
     assert queries
     assert not [name for name, count in stats.items() if name.startswith("dropped") and count]
     for query, blocks, reusable, match in answers(meta, queries, index):
@@ -63,22 +63,22 @@ def test_answers_are_the_engines_own(path, impl):
 
 
 @pytest.mark.parametrize("path", [p for p in GOLDEN if p.stem == "duplicates"], ids=lambda path: path.stem)
-def test_a_set_of_hashes_would_be_wrong_where_copies_count(path, impl):
-    meta, queries, index, _ = play(path, "set", impl)
+def test_a_set_of_hashes_would_be_wrong_where_copies_count(path, open_new):
+    meta, queries, index, _ = play(path, "set", open_new)
     assert any(blocks != query["hit_blocks"] for query, blocks, _, _ in answers(meta, queries, index))
 
 
 @pytest.mark.parametrize("path", [p for p in GOLDEN if "hybrid_mixed" not in p.stem], ids=lambda path: path.stem)
-def test_the_blocks_that_are_live_at_the_end_are_the_engines_own(path, impl):
+def test_the_blocks_that_are_live_at_the_end_are_the_engines_own(path, open_new):
     capture = read_capture(path)
     resident = next(line["resident"] for line in capture if line["kind"] == "resident")
-    _, _, index, _ = play(path, "set" if path.stem == "report_full" else "count", impl)
+    _, _, index, _ = play(path, "set" if path.stem == "report_full" else "count", open_new)
     assert index.stats()["held"] == sum(len(group) for group in resident.values())
 
 
 @pytest.mark.skipif(not REAL_CAPTURE.exists(), reason="the capture is not part of the project")
-def test_a_real_stream_of_vllm_0_26_leaves_the_blocks_that_are_live_at_its_end(impl):
-    index = open_index(f"memory://?impl={impl}")
+def test_a_real_stream_of_vllm_0_26_leaves_the_blocks_that_are_live_at_its_end(open_new):
+    index = open_new()
     live, parents, tokens_of = set(), {}, {}
     with gzip.open(REAL_CAPTURE, "rt") as lines, EventPool(index, model="m") as pool:
         for line in map(json.loads, lines):
