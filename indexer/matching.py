@@ -6,8 +6,8 @@ the others (several tiers, hybrid models, shared storage) are worked out from th
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from indexer.base import Holding, Run, Source
 from indexer.groups import GroupBlocks, GroupSpec, longest_prefix
@@ -24,7 +24,7 @@ class Chunks(NamedTuple):
     largest: int = 1024
 
 
-LookUps: TypeAlias = Generator[list[BlockKey], Sequence[int], list[Holding]]
+LookUps: TypeAlias = Generator[list[BlockKey], Sequence[Any], list[Holding]]
 """Gives block keys, is sent the holders of each, and returns the answer."""
 
 
@@ -41,11 +41,16 @@ class Chain(NamedTuple):
     """Groups that a source reads together: a prefix must be served by all of them."""
 
     groups: tuple[Group, ...]
+    single_slot: bool
+    """One slot that must hold every block from the start: the common and fast case."""
+    sizes: frozenset[int]
+    """The block sizes of the groups."""
 
-    @property
-    def single_slot(self) -> bool:
-        """One slot that must hold every block from the start: the common and fast case."""
-        return len(self.groups) == 1 and self.groups[0].spec.tail is None and len(self.groups[0].slots) == 1
+    @classmethod
+    def of(cls, *groups: Group) -> "Chain":
+        """Put groups together."""
+        single = len(groups) == 1 and groups[0].spec.tail is None and len(groups[0].slots) == 1
+        return cls(groups, single, frozenset(group.spec.block_size for group in groups))
 
 
 class Reader(NamedTuple):
@@ -121,13 +126,13 @@ def chains_of(slots: Iterable[Slot], groups: dict[int, GroupSpec]) -> tuple[Chai
                 and (slot.group == number or (slot.group is None and number == first))
             ]
             chain.append(_group(spec, mine))
-        chains.append(Chain(tuple(chain)))
+        chains.append(Chain.of(*chain))
         sizes = {spec.block_size for spec in groups.values()}
         slots = [slot for slot in slots if slot.group is None and slot.tier != "gpu" and slot.block_size not in sizes]
         groups = {}
     for size in sorted({slot.block_size for slot in slots}):
         spec = next((spec for spec in groups.values() if spec.block_size == size), GroupSpec(size, None))
-        chains.append(Chain((_group(spec, [slot for slot in slots if slot.block_size == size]),)))
+        chains.append(Chain.of(_group(spec, [slot for slot in slots if slot.block_size == size])))
     return tuple(chains)
 
 
@@ -138,23 +143,47 @@ def _group(spec: GroupSpec, slots: list[Slot]) -> Group:
     return Group(spec, tuple(slots), mask)
 
 
-def answer(readers: Sequence[Reader], prompt: Prompt, *, bare: bool, size: int | None, chunks: Chunks) -> LookUps:
+class Plan(NamedTuple):
+    """What has to be looked up for some readers; worth keeping as long as they are the same."""
+
+    readers: Sequence[Reader]
+    chains: list[list[Chain]]
+    by_size: dict[int, list[Chain]]
+
+    @classmethod
+    def of(cls, readers: Sequence[Reader], size: int | None = None) -> "Plan":
+        """Plan a question about some readers; `size` asks only for chains that have blocks of that size."""
+        chains = [[chain for chain in reader.chains if size is None or size in chain.sizes] for reader in readers]
+        by_size: dict[int, list[Chain]] = {}
+        for mine in chains:
+            for chain in mine:
+                for number in chain.sizes:
+                    by_size.setdefault(number, []).append(chain)
+        return cls(readers, chains, by_size)
+
+    def narrowed(self, pods: Collection[str] | None, size: int | None) -> "Plan":
+        """Plan the same question about some pods, or some chains, only."""
+        if pods is None and size is None:
+            return self
+        wanted = None if pods is None else frozenset(pods)
+        return Plan.of([reader for reader in self.readers if wanted is None or reader.source.pod in wanted], size)
+
+
+def answer(
+    plan: Plan, prompt: Prompt, *, bare: bool, chunks: Chunks, read: Callable[[Any], int] | None = None
+) -> LookUps:
     """Say what each reader's source holds of a prompt.
 
-    `bare` also looks under keys that name images without their place; `size` asks only for chains that have blocks of
-    that size.
+    `bare` also looks under keys that name images without their place. `read` gives the holders where what is sent is no
+    number yet; it is called only where that changes.
     """
-    chains = [
-        [chain for chain in reader.chains if size is None or any(g.spec.block_size == size for g in chain.groups)]
-        for reader in readers
-    ]
-    found = yield from _lookup(chains, prompt, chunks, bare=False)
+    found = yield from _lookup(plan, prompt, chunks, read, bare=False)
     if bare and prompt.images:
-        extra = yield from _lookup(chains, prompt, chunks, bare=True)
+        extra = yield from _lookup(plan, prompt, chunks, read, bare=True)
         found = [max(pair, key=lambda held: held[0]) for pair in zip(found, extra, strict=True)]
     return [
         Holding(reader.source, tokens, reusable, runs, reader.degraded())
-        for reader, (tokens, reusable, runs) in zip(readers, found, strict=True)
+        for reader, (tokens, reusable, runs) in zip(plan.readers, found, strict=True)
     ]
 
 
@@ -163,20 +192,19 @@ _NOTHING: _Found = (0, 0, ())
 
 
 def _lookup(
-    chains: list[list[Chain]], prompt: Prompt, chunks: Chunks, *, bare: bool
-) -> Generator[list[BlockKey], Sequence[int], list[_Found]]:
-    by_size: dict[int, list[Chain]] = {}
-    for mine in chains:
-        for chain in mine:
-            for size in {group.spec.block_size for group in chain.groups}:
-                by_size.setdefault(size, []).append(chain)
+    plan: Plan, prompt: Prompt, chunks: Chunks, read: Callable[[Any], int] | None, *, bare: bool
+) -> Generator[list[BlockKey], Sequence[Any], list[_Found]]:
     scans = {}
-    for size, asked in by_size.items():
-        scans[size] = yield from _scan(size, asked, prompt, chunks, bare=bare)
+    for size, asked in plan.by_size.items():
+        scans[size] = yield from _scan(size, asked, prompt, chunks, read, bare=bare)
     cap = max(0, prompt.length - 1)
+    singles: dict[tuple[int, int, str], _Found] = {}
     found = []
-    for mine in chains:
-        parts = [_evaluate(chain, scans, cap) for chain in mine]
+    for mine in plan.chains:
+        if len(mine) == 1 and mine[0].single_slot:
+            found.append(_of_single(mine[0].groups[0], scans, cap, singles))
+            continue
+        parts = [_evaluate(chain, scans, cap, singles) for chain in mine]
         parts = [part for part in parts if part[0]]
         if not parts:
             found.append(_NOTHING)
@@ -188,9 +216,29 @@ def _lookup(
     return found
 
 
+def _of_single(group: Group, scans: dict[int, Scan], cap: int, known: dict[tuple[int, int, str], _Found]) -> _Found:
+    size = group.spec.block_size
+    scan = scans[size]
+    blocks = scan.ends.get(group.mask, scan.scanned)
+    if not blocks:
+        return _NOTHING
+    medium = group.slots[0].medium
+    found = known.get((blocks, size, medium))
+    if found is None:  # most sources of an answer share theirs
+        run = Run(blocks * size, (medium,))
+        found = known[blocks, size, medium] = run.tokens, min(blocks, cap // size) * size, (run,)
+    return found
+
+
 def _scan(
-    size: int, chains: list[Chain], prompt: Prompt, chunks: Chunks, *, bare: bool
-) -> Generator[list[BlockKey], Sequence[int], Scan]:
+    size: int,
+    chains: list[Chain],
+    prompt: Prompt,
+    chunks: Chunks,
+    read: Callable[[Any], int] | None,
+    *,
+    bare: bool,
+) -> Generator[list[BlockKey], Sequence[Any], Scan]:
     alive = 0
     needed: list[int] = []
     relevant = 0
@@ -208,15 +256,17 @@ def _scan(
     total = prompt.length // size
     ends: dict[int, int] = {}
     changes: list[tuple[int, int]] = []
-    before = before_relevant = -1
+    before: Any = -1
+    before_relevant = -1
     done, chunk = 0, chunks.first
     while done < total:
         upto = min(total, done + chunk)
         keys = prompt.keys(size, upto, bare=bare)
-        for number, holders in enumerate((yield keys[done:upto]), done):
-            if holders == before:
+        for number, value in enumerate((yield keys[done:upto]), done):
+            if value == before:
                 continue
-            before = holders
+            before = value
+            holders: int = value if read is None else read(value)
             lost = alive & ~holders
             if lost:
                 alive ^= lost
@@ -237,16 +287,9 @@ def _scan(
     return Scan(ends, changes, total)
 
 
-def _evaluate(chain: Chain, scans: dict[int, Scan], cap: int) -> _Found:
-    first = chain.groups[0]
+def _evaluate(chain: Chain, scans: dict[int, Scan], cap: int, singles: dict[tuple[int, int, str], _Found]) -> _Found:
     if chain.single_slot:
-        size = first.spec.block_size
-        scan = scans[size]
-        blocks = scan.ends.get(first.mask, scan.scanned)
-        if not blocks:
-            return _NOTHING
-        run = Run(blocks * size, (first.slots[0].medium,))
-        return run.tokens, min(blocks, cap // size) * size, (run,)
+        return _of_single(chain.groups[0], scans, cap, singles)
     groups = [_blocks_of(group, scans[group.spec.block_size]) for group in chain.groups]
     limit = max(scans[group.spec.block_size].scanned * group.spec.block_size for group in chain.groups)
     tokens = longest_prefix(groups, limit)

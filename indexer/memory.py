@@ -7,7 +7,7 @@ from typing import cast
 from indexer.base import Holding, Limits
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
-from indexer.matching import Chunks, LookUps, Reader, answer, readers_of
+from indexer.matching import Chunks, LookUps, Plan, answer, readers_of
 from indexer.prompt import Prompt
 from indexer.tracking import Tracked, TrackingIndex
 
@@ -27,7 +27,7 @@ class MemoryIndex(TrackingIndex):
     def __init__(self, limits: Limits | None = None) -> None:
         super().__init__(limits)
         self._table: dict[BlockKey, int] = {}
-        self._views: dict[str, list[Reader]] = {}
+        self._views: dict[str, Plan] = {}
         self._bits = 0
         self._free_bits: list[int] = []
         self._reused = 0
@@ -46,12 +46,9 @@ class MemoryIndex(TrackingIndex):
         """Say what each source holds of a prompt, see `Index.match`."""
         while True:
             reused = self._reused
-            readers = self._view(prompt.model)
-            if pods is not None:
-                wanted = frozenset(pods)
-                readers = [reader for reader in readers if reader.source.pod in wanted]
+            plan = self._view(prompt.model).narrowed(pods, block_size)
             bare = prompt.model in self._bare_models
-            found = self._look_up(answer(readers, prompt, bare=bare, size=block_size, chunks=Chunks()))
+            found = self._look_up(answer(plan, prompt, bare=bare, chunks=Chunks()))
             if reused == self._reused:
                 return [holding for holding in found if holding.tokens] if holders_only else found
 
@@ -148,18 +145,18 @@ class MemoryIndex(TrackingIndex):
             self._reclaim(largest, gone)
             self._table = dict(self._table)  # a dict gives memory back only when it is made anew
 
-    def _view(self, model: str) -> list[Reader]:
+    def _view(self, model: str) -> Plan:
         views = self._views
         view = views.get(model)
         if view is None:
             with self._lock:
                 view = self._make_view(model)
-                if view:  # anybody may ask for any model: only those that exist are remembered
+                if view.readers:  # anybody may ask for any model: only those that exist are remembered
                     self._views[model] = view
         return view
 
-    def _make_view(self, model: str) -> list[Reader]:
-        return readers_of(self._caches(model), self._limits.block_sizes)
+    def _make_view(self, model: str) -> Plan:
+        return Plan.of(readers_of(self._caches(model), self._limits.block_sizes))
 
 
 def _unalias(slot: Slot, key: BlockKey) -> bool:

@@ -25,7 +25,6 @@ from indexer.redis_layout import (
     RELEASE,
     SWEPT,
     TAKE_SLOT,
-    VERSION,
     Layout,
     Replayed,
     SlotRecord,
@@ -99,7 +98,7 @@ class RedisIndex(TrackingIndex):
         self._life = b""
         self._writes = 0
         self._mirrors: dict[Slot, _Mirror] = {}
-        self._due: list[Command] = []
+        self._due: list[tuple[Any, ...]] = []
         self._due_bytes = 0
         self._unpublished: dict[Source, Tracked] = {}
         """Sources whose record has to be written; with a new version where `_changed` has them too."""
@@ -331,7 +330,7 @@ class RedisIndex(TrackingIndex):
             tag = self._layout.tag(tracked.model)
             directory, field = self._layout.directory(tag), _field(tracked.source)
             (value,) = self._store.run([("HGET", directory, field)])
-            commands: list[Command] = [("HDEL", directory, field), ("HINCRBY", directory, VERSION, 1)]
+            commands: list[Command] = [("HDEL", directory, field), ("INCR", self._layout.version(tag))]
             for record in decode_records({field: value} if value else {}):
                 commands += [("HSETNX", self._layout.retired(tag), slot.number, 0) for slot in record.slots]
             self._store.run(commands)
@@ -363,7 +362,7 @@ class RedisIndex(TrackingIndex):
             self._add("HSET", self._layout.directory(tag), _field(tracked.source), encode_record(self._record(tracked)))
             self._add("HSET", self._layout.models, tag, tracked.model.encode())
         for model in self._changed:
-            self._add("HINCRBY", self._layout.directory(self._layout.tag(model)), VERSION, 1)
+            self._add("INCR", self._layout.version(self._layout.tag(model)))
         self._unpublished.clear()
         self._changed.clear()
 
@@ -423,7 +422,7 @@ class RedisIndex(TrackingIndex):
         commands = [
             ("HSET", directory, field, encode_record(self._record(tracked))),
             ("HSET", self._layout.models, tag, tracked.model.encode()),
-            ("HINCRBY", directory, VERSION, 1),
+            ("INCR", self._layout.version(tag)),
         ]
         mine = {self._mirrors[slot].number for slot in tracked.ledger.slots.values()}
         for record in old:

@@ -1,7 +1,7 @@
 """What an index looks like in Redis: names of keys, scripts, records. No I/O.
 
 * ``b<block key>``: a string of bits, one for each slot that holds the block.
-* ``d<model>``: a hash with a record of each source of a model, and the version of all of them in the field ``v``.
+* ``d<model>``: a hash with a record of each source of a model; ``v<model>``: the version of all of them.
 * ``n<model>``: a string of bits, one for each slot number in use.
 * ``r<model>``: slots that are to be swept, and how far; ``s<model>``: the lock of whoever sweeps.
 * ``l<model>.<slot>``: the ledger of a slot, as a log: what its engine's hashes stand for.
@@ -22,7 +22,6 @@ from indexer.base import Copies, Source
 from indexer.events import EngineHash
 from indexer.keys import BlockKey
 
-VERSION = b"v"
 MAX_SLOTS = 65_536
 """Slots of one model; a block's string is at most an eighth of this long."""
 
@@ -105,12 +104,11 @@ _decode_record = msgspec.msgpack.Decoder(SourceRecord).decode
 def decode_records(directory: dict[bytes, bytes]) -> list[SourceRecord]:
     """Read the directory of a model. Records that cannot be read are somebody else's, or of another version."""
     records = []
-    for field, value in directory.items():
-        if field != VERSION:
-            try:
-                records.append(_decode_record(value))
-            except msgspec.MsgspecError:
-                continue
+    for value in directory.values():
+        try:
+            records.append(_decode_record(value))
+        except msgspec.MsgspecError:
+            continue
     records.sort(key=lambda record: record.source)
     return records
 
@@ -131,6 +129,10 @@ class Layout:
     def directory(self, tag: bytes) -> bytes:
         """Name the directory of a model."""
         return self._prefix + b"d" + tag
+
+    def version(self, tag: bytes) -> bytes:
+        """Name the version of a model's directory."""
+        return self._prefix + b"v" + tag
 
     def numbers(self, tag: bytes) -> bytes:
         """Name the slot numbers of a model that are in use."""
@@ -157,6 +159,21 @@ class Layout:
         packed = struct.pack(f">{len(keys)}Q", *keys)
         block = self._block
         return [block + packed[at : at + 8] for at in range(0, len(packed), 8)]
+
+    def look_up(self, version: bytes, keys: Sequence[BlockKey]) -> bytes:
+        """Ask for a version and the holders of some blocks in one step: a whole MGET, as it goes over the wire.
+
+        Made in few steps, however many keys there are: one row repeated, and the keys laid into it.
+        """
+        name = self._block + bytes(8)
+        head = b"$%d\r\n" % len(name)
+        row = head + name + b"\r\n"
+        rows = bytearray(row * len(keys))
+        packed = struct.pack(f">{len(keys)}Q", *keys)
+        first = len(head) + len(self._block)
+        for byte in range(8):
+            rows[first + byte :: len(row)] = packed[byte::8]
+        return b"*%d\r\n$4\r\nMGET\r\n$%d\r\n%b\r\n%b" % (len(keys) + 2, len(version), version, bytes(rows))
 
 
 def bit_of(slot: int) -> int:

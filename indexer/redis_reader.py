@@ -1,8 +1,8 @@
 """Questions to an index in Redis, without I/O: each gives rounds of commands and is sent their answers.
 
 So the same questions are asked by threads and by an event loop. A reader keeps, for each model, what it read of the
-directory, and the version of it. Each round asks for the version before and after the blocks: as long as both are the
-one that is known, the bits mean what the reader takes them for.
+directory, and the version of it. Each round asks for the version and the blocks in one command, which Redis does in one
+step: as long as the version is the one that is known, the bits mean what the reader takes them for.
 """
 
 from collections.abc import Callable, Collection, Generator
@@ -12,23 +12,23 @@ from indexer.base import Holding, SourceStatus
 from indexer.errors import IndexUnavailable
 from indexer.groups import GroupSpec
 from indexer.ledger import Slot
-from indexer.matching import Cache, Chunks, Reader, answer, readers_of, usual_block_size
+from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
 from indexer.prompt import Prompt
-from indexer.redis_layout import VERSION, Layout, SourceRecord, decode_records, holders_of
+from indexer.redis_layout import Layout, SourceRecord, decode_records, holders_of
 from indexer.redis_store import Command
 
 T = TypeVar("T")
 Question: TypeAlias = Generator[list[Command], list[Any], T]
 
-CHUNKS = Chunks(first=128, growth=8, largest=4096)
-"""Most prompts leave what is cached early; those that do not are read in few rounds."""
+CHUNKS = Chunks(first=32, growth=16, largest=4096)
+"""Many prompts leave what is cached early; those that do not are read in few rounds."""
 
 _TRIES = 16
 
 
 class _View(NamedTuple):
     version: bytes | None
-    readers: list[Reader]
+    plan: Plan
     bare: bool
 
 
@@ -54,59 +54,50 @@ class Questions:
             view = self._views.get(model)
             if view is None:
                 view = yield from self._load(model)
-            readers = view.readers
-            if pods is not None:
-                wanted = frozenset(pods)
-                readers = [reader for reader in readers if reader.source.pod in wanted]
-            found = yield from self._look_up(readers, view, prompt, block_size)
+            found = yield from self._look_up(view.plan.narrowed(pods, block_size), view, prompt)
             if found is not None:
                 return [holding for holding in found if holding.tokens] if holders_only else found
             self._views.pop(model, None)
         raise IndexUnavailable(f"the sources of model {model!r} changed {_TRIES} times while a question was asked")
 
-    def _look_up(
-        self, readers: list[Reader], view: _View, prompt: Prompt, size: int | None
-    ) -> Question[list[Holding] | None]:
+    def _look_up(self, plan: Plan, view: _View, prompt: Prompt) -> Question[list[Holding] | None]:
         """Look a prompt up; None where the view is out of date."""
-        version: Command = ("HGET", self._layout.directory(self._layout.tag(prompt.model)), VERSION)
-        asked = answer(readers, prompt, bare=view.bare, size=size, chunks=CHUNKS)
+        version = self._layout.version(self._layout.tag(prompt.model))
+        asked = answer(plan, prompt, bare=view.bare, chunks=CHUNKS, read=holders_of)
         rounds = 0
         try:
             keys = next(asked)
             while True:
                 rounds += 1
-                before, values, after = yield [version, ("MGET", *self._layout.blocks(keys)), version]
-                if not before == after == view.version:
+                ((now, *values),) = yield [self._layout.look_up(version, keys)]
+                if now != view.version:
                     return None
-                keys = asked.send([holders_of(value) for value in values])
+                keys = asked.send(values)
         except StopIteration as done:
             found: list[Holding] = done.value
         if not rounds:
-            (now,) = yield [version]
+            (now,) = yield [("GET", version)]
             if now != view.version:
                 return None
         return found
 
     def _load(self, model: str) -> Question[_View]:
-        directory = yield from self._directory(model)
-        records = decode_records(directory)
+        tag = self._layout.tag(model)
+        version, listed = yield [("GET", self._layout.version(tag)), ("HGETALL", self._layout.directory(tag))]
+        records = decode_records(pairs_of(listed))
         view = _View(
-            directory.get(VERSION),
-            readers_of([_cache_of(record) for record in records], self._block_sizes),
+            version,
+            Plan.of(readers_of([_cache_of(record) for record in records], self._block_sizes)),
             any(record.bare_images for record in records),
         )
         if records:  # anybody may ask for any model: only those that exist are remembered
             self._views[model] = view
         return view
 
-    def _directory(self, model: str) -> Question[dict[bytes, bytes]]:
-        (listed,) = yield [("HGETALL", self._layout.directory(self._layout.tag(model)))]
-        return pairs_of(listed)
-
     def block_size(self, model: str) -> Question[int | None]:
         """Ask for the usual block size of a model, see `Index.block_size`."""
-        directory = yield from self._directory(model)
-        return usual_block_size([_cache_of(record) for record in decode_records(directory)])
+        (listed,) = yield [("HGETALL", self._layout.directory(self._layout.tag(model)))]
+        return usual_block_size([_cache_of(record) for record in decode_records(pairs_of(listed))])
 
     def sources(self) -> Question[list[SourceStatus]]:
         """Ask for all sources, see `Index.sources`."""
