@@ -362,6 +362,7 @@ class RedisIndex(TrackingIndex):
             self._add("HSET", self._layout.directory(tag), _field(tracked.source), encode_record(self._record(tracked)))
             self._add("HSET", self._layout.models, tag, tracked.model.encode())
         for model in self._changed:
+            self._questions.forget(model)
             self._add("INCR", self._layout.version(self._layout.tag(model)))
         self._unpublished.clear()
         self._changed.clear()
@@ -429,6 +430,7 @@ class RedisIndex(TrackingIndex):
             gone = [slot.number for slot in record.slots if slot.number not in mine]
             commands += [("HSETNX", self._layout.retired(tag), number, 0) for number in gone]
         self._store.run(commands)
+        self._questions.forget(tracked.model)
         self._stale.pop(tracked.source, None)
         self._unpublished.pop(tracked.source, None)
         self._counters["rewritten_total"] += 1

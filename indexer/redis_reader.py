@@ -30,6 +30,7 @@ class _View(NamedTuple):
     version: bytes | None
     plan: Plan
     bare: bool
+    block_size: int | None
 
 
 class Questions:
@@ -39,6 +40,10 @@ class Questions:
         self._layout = layout
         self._block_sizes = block_sizes
         self._views: dict[str, _View] = {}
+
+    def forget(self, model: str) -> None:
+        """Ask for the sources of a model anew."""
+        self._views.pop(model, None)
 
     def match(
         self,
@@ -85,19 +90,26 @@ class Questions:
         tag = self._layout.tag(model)
         version, listed = yield [("GET", self._layout.version(tag)), ("HGETALL", self._layout.directory(tag))]
         records = decode_records(pairs_of(listed))
+        caches = [_cache_of(record) for record in records]
         view = _View(
             version,
-            Plan.of(readers_of([_cache_of(record) for record in records], self._block_sizes)),
+            Plan.of(readers_of(caches, self._block_sizes)),
             any(record.bare_images for record in records),
+            usual_block_size(caches),
         )
         if records:  # anybody may ask for any model: only those that exist are remembered
             self._views[model] = view
         return view
 
     def block_size(self, model: str) -> Question[int | None]:
-        """Ask for the usual block size of a model, see `Index.block_size`."""
-        (listed,) = yield [("HGETALL", self._layout.directory(self._layout.tag(model)))]
-        return usual_block_size([_cache_of(record) for record in decode_records(pairs_of(listed))])
+        """Ask for the usual block size of a model, see `Index.block_size`.
+
+        Nothing is asked where a match brought the answer already; what others changed since, the next match sees.
+        """
+        view = self._views.get(model)
+        if view is None:
+            view = yield from self._load(model)
+        return view.block_size
 
     def sources(self) -> Question[list[SourceStatus]]:
         """Ask for all sources, see `Index.sources`."""

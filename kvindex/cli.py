@@ -148,11 +148,13 @@ def score(
     raise typer.Exit(run_score(url, model, tokens, lora_name=lora_name, cache_salt=cache_salt, raw=json))
 
 
-@app.command(epilog="Example: kvindex serve --config kvindex.toml")
+@app.command(epilog="Example: kvindex serve --index redis://redis:6379/0 --role scorer")
 def serve(
     config: Annotated[Path | None, typer.Option(envvar="KVINDEX_CONFIG", help="A TOML or YAML file.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (http.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (http.port).")] = None,
+    index: Annotated[str | None, typer.Option(help="Where the index is (index.url).")] = None,
+    role: Annotated[str | None, typer.Option(help="all, builder or scorer of a shared index (index.role).")] = None,
 ) -> None:
     """Follow pods and answer questions over HTTP."""
     from kvindex.serve import run_serve
@@ -160,6 +162,8 @@ def serve(
     environ = dict(os.environ)
     environ |= {"KVINDEX_HTTP_HOST": host} if host is not None else {}
     environ |= {"KVINDEX_HTTP_PORT": str(port)} if port is not None else {}
+    environ |= {"KVINDEX_INDEX_URL": index} if index is not None else {}
+    environ |= {"KVINDEX_INDEX_ROLE": role} if role is not None else {}
     loaded = configuration.load(config, environ)
     logs.configure(loaded.log.level, loaded.log.format)
     raise typer.Exit(run_serve(loaded))

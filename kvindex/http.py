@@ -1,5 +1,6 @@
 """The HTTP service."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.params import FromPath, JSONBody
 from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_500_INTERNAL_SERVER_ERROR
 
-from indexer import Index
+from indexer import Index, IndexUnavailable
 from kvevents import EventPool
 from kvindex.metrics import Metrics
 from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
@@ -97,13 +98,14 @@ def create_app(
         metrics.answered(time.perf_counter() - start)
         scores = scores_of(matches)
         best = next(iter(scores), None)
-        size = scorer.block_size(data.model)
+        size = await asyncio.to_thread(scorer.block_size, data.model)
         return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
 
     @get("/v1/pods")
     async def pods() -> Pods:
         """Describe all pods that are followed."""
         sequences, connected = pool.sequences(), pool.connected()
+        statuses = await asyncio.to_thread(index.sources)
         return Pods(
             [
                 PodStatus(
@@ -120,7 +122,7 @@ def create_app(
                     last_seq=sequences.get(status.source),
                     connected=connected.get(status.source.pod),
                 )
-                for status in index.sources()
+                for status in statuses
             ]
         )
 
@@ -136,7 +138,8 @@ def create_app(
 
     @get("/readyz")
     async def readyz() -> Response[dict[str, Any]]:
-        """Say whether every subscribed pod is connected."""
+        """Say whether the index answers and every subscribed pod is connected."""
+        await asyncio.to_thread(index.sources)
         missing = sorted(pod for pod, connected in pool.connected().items() if not connected)
         if missing:
             return Response({"status": "not ready", "not_connected": missing}, status_code=503)
@@ -145,13 +148,14 @@ def create_app(
     @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
     async def metrics_text() -> bytes:
         """Give all metrics for Prometheus."""
-        return metrics.text()
+        return await asyncio.to_thread(metrics.text)
 
     return Litestar(
         [score, pods, forget, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
         exception_handlers={
             HTTPException: _problem,
+            IndexUnavailable: _unavailable,
             RecursionError: _too_deep,
             HTTP_500_INTERNAL_SERVER_ERROR: _failure,
         },
@@ -167,6 +171,12 @@ def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Proble
 def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:
     problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: nested too deeply")
     return Response(problem, status_code=problem.status, media_type="application/problem+json")
+
+
+def _unavailable(_: Request[Any, Any, Any], error: IndexUnavailable) -> Response[Problem]:
+    problem = Problem("Index unavailable", 503, str(error))
+    headers = {"Retry-After": "1"}
+    return Response(problem, status_code=problem.status, headers=headers, media_type="application/problem+json")
 
 
 def _failure(_: Request[Any, Any, Any], __: Exception) -> Response[Problem]:

@@ -4,12 +4,13 @@ Names are llm-d's where they mean the same, ours begin with ``kvindex_``. Labels
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from indexer import Index
+from indexer import Index, IndexUnavailable, SourceStatus
 from kvevents import EventPool
 
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
@@ -55,7 +56,11 @@ class _Stats(Collector):
         yield dropped
         blocks = GaugeMetricFamily("kvindex_pod_blocks", "Blocks held", labels=["pod", "rank", "tier"])
         degraded = GaugeMetricFamily("kvindex_pod_degraded", "1 where answers may be wrong", labels=["pod", "rank"])
-        for status in self._index.sources():
+        sources: list[SourceStatus] | None = None
+        with suppress(IndexUnavailable):
+            sources = self._index.sources()
+        yield GaugeMetricFamily("kvindex_index_up", "1 where the index answers", value=sources is not None)
+        for status in sources or ():
             labels = [status.source.pod, str(status.source.rank)]
             for tier, count in status.tiers.items():
                 blocks.add_metric([*labels, tier], count)

@@ -21,13 +21,19 @@ def run_serve(config: Config) -> int:
     log = structlog.get_logger("kvindex")
     listener = _listen(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
-    with EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies) as pool:
+    follows = config.index.role != "scorer"
+    if not follows and config.index.url.startswith("memory:"):
+        raise UserError(
+            f"index.role scorer: {config.index.url} is in this process alone; name a shared one, redis://..."
+        )
+    pool = EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies)
+    with pool if follows else contextlib.nullcontext():
         try:
-            for pod in config.pods:
+            for pod in config.pods if follows else ():
                 pool.subscribe(
                     pod.pod, pod.endpoint, replay=pod.replay, model=pod.model, topic=pod.topic, copies=pod.copies
                 )
-            for bound in config.bind:
+            for bound in config.bind if follows else ():
                 pool.bind(bound.endpoint, topic=bound.topic, model=bound.model)
         except KVEventsError as error:
             raise UserError(str(error)) from error
@@ -36,7 +42,8 @@ def run_serve(config: Config) -> int:
             scorer, index, pool, max_tokens=config.http.max_tokens, max_body_bytes=config.http.max_body_bytes
         )
         host, port = listener.getsockname()[:2]
-        log.info("serving", url=f"http://{host}:{port}", pods=len(config.pods), index=repr(index))
+        pods = len(config.pods) if follows else 0
+        log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
         server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         server.run(sockets=[listener])
         log.info("stopped")
