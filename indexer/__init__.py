@@ -12,6 +12,7 @@ from indexer.opening import open_index
 
 if TYPE_CHECKING:
     from indexer.redis_index import AsyncRedisReader, RedisIndex
+    from indexer.redis_leases import Leases
 
 __all__ = [
     "AllBlocksCleared",
@@ -29,6 +30,7 @@ __all__ = [
     "IndexUnavailable",
     "IndexerError",
     "InvalidQuestion",
+    "Leases",
     "LimitReached",
     "Limits",
     "MemoryIndex",
@@ -51,4 +53,8 @@ def __getattr__(name: str) -> object:
         from indexer import redis_index
 
         return getattr(redis_index, name)
+    if name == "Leases":
+        from indexer.redis_leases import Leases
+
+        return Leases
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -140,9 +140,9 @@ Decoder: TypeAlias = Callable[[Sequence[bytes | memoryview]], Sequence[Decoded |
 class Index(Protocol):
     """Which source holds which blocks.
 
-    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `expire` and `forget`; one caller
-    at a time per source, any number for different sources. Every other method may be called from any thread at any
-    time; answers are snapshots in which the holders of each block are whole.
+    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `expire`, `forget` and `release`;
+    one caller at a time per source, any number for different sources. Every other method may be called from any thread
+    at any time; answers are snapshots in which the holders of each block are whole.
     """
 
     def register(
@@ -177,6 +177,9 @@ class Index(Protocol):
 
     def forget(self, pod: str) -> None:
         """Stop following all sources of a pod and give their memory back. Unknown pods are fine."""
+
+    def release(self, pod: str) -> None:
+        """Stop following a pod that somebody else follows from now on. Where nobody can, do what `forget` does."""
 
     def match(
         self,

@@ -67,6 +67,8 @@ class MemoryIndex(TrackingIndex):
         with self._lock:
             return self._gauges() | {"blocks": len(self._table), "bytes": self._bytes()}
 
+    release = TrackingIndex.forget
+
     def close(self) -> None:
         """Forget everything."""
         with self._lock:

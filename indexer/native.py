@@ -66,6 +66,8 @@ class NativeIndex:
         """Stop following a pod, see `Index.forget`."""
         self._index.forget(pod)
 
+    release = forget
+
     def match(
         self,
         prompt: Prompt,

@@ -8,7 +8,7 @@ source is written anew from its ledger. So a fault costs time, never truth.
 
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import structlog
@@ -20,9 +20,13 @@ from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
 from indexer.redis_layout import (
+    APPEND,
     HOLD,
+    LEAVE,
     MAX_SLOTS,
+    PUBLISH,
     RELEASE,
+    REPLACE,
     SWEPT,
     TAKE_SLOT,
     Layout,
@@ -95,16 +99,19 @@ class RedisIndex(TrackingIndex):
         self._log = structlog.get_logger("indexer")
         self._buffer_bytes = buffer_bytes
         self._builder = os.urandom(8).hex().encode()
-        self._life = b""
         self._writes = 0
         self._mirrors: dict[Slot, _Mirror] = {}
-        self._due: list[tuple[Any, ...]] = []
+        self._due: list[tuple[Tracked, Command]] = []
         self._due_bytes = 0
         self._unpublished: dict[Source, Tracked] = {}
         """Sources whose record has to be written; with a new version where `_changed` has them too."""
-        self._changed: set[str] = set()
+        self._changed: set[Source] = set()
         self._stale: dict[Source, Tracked] = {}
         """Sources that have to be written anew from their ledgers."""
+        self._unclaimed: set[Source] = set()
+        """Stale sources that Redis does not know to be ours yet."""
+        self._lost: set[Source] = set()
+        """Sources that another builder follows now: nothing of them is written here any more."""
         self._trust: dict[Source, str] = {}
         """Why sources are degraded, as their records say."""
         self._gone: dict[Source, Tracked] = {}
@@ -145,7 +152,11 @@ class RedisIndex(TrackingIndex):
     def stats(self) -> dict[str, int]:
         """Give the counters and gauges of this builder, see `Index.stats`."""
         with self._lock:
-            waiting = {"write_waiting_bytes": self._due_bytes, "stale_sources": len(self._stale)}
+            waiting = {
+                "write_waiting_bytes": self._due_bytes,
+                "stale_sources": len(self._stale),
+                "lost_sources": len(self._lost),
+            }
             return self._gauges() | waiting
 
     def close(self) -> None:
@@ -185,7 +196,7 @@ class RedisIndex(TrackingIndex):
             self._counters["write_failures_total"] += 1
 
     def _change(self, tracked: Tracked, changes: list[Change]) -> None:
-        if tracked.source in self._stale:
+        if self._is_unwritten(tracked):
             return
         tag = self._layout.tag(tracked.model)
         for slot, names, keys, held in changes:
@@ -194,32 +205,36 @@ class RedisIndex(TrackingIndex):
             self._unpublished[tracked.source] = tracked
             if not keys:
                 entries = b"".join(log_copies(name, slot.copies.get(name, 1)) for name in names)
-                self._add("APPEND", log, entries)
+                self._add(tracked, APPEND, [log], entries)
                 continue
             entry = log_blocks(names, keys, held=held)
             mirror.logged += len(names)
             first = [key for key in keys if _counted(mirror.keys, key, held=held)]
             # a log may say too much, never too little: from it the bits are taken back
             if held:
-                self._add("APPEND", log, entry)
-                self._add_blocks(HOLD, mirror.number, first)
-            else:
-                self._add_blocks(RELEASE, mirror.number, first)
-                self._add("APPEND", log, entry)
+                self._add(tracked, APPEND, [log], entry)
+            for at in range(0, len(first), _AT_ONCE):
+                blocks = self._layout.blocks(first[at : at + _AT_ONCE])
+                self._add(tracked, HOLD if held else RELEASE, blocks, bit_of(mirror.number))
+            if not held:
+                self._add(tracked, APPEND, [log], entry)
 
-    def _add_blocks(self, script: str, number: int, keys: list[BlockKey]) -> None:
-        for at in range(0, len(keys), _AT_ONCE):
-            names = self._layout.blocks(keys[at : at + _AT_ONCE])
-            self._add("EVAL", script, len(names) + 1, self._layout.life, *names, self._life, bit_of(number))
+    def _is_unwritten(self, tracked: Tracked) -> bool:
+        return tracked.source in self._stale or tracked.source in self._lost
 
-    def _add(self, *command: Any) -> None:  # noqa: ANN401
-        self._due.append(command)
-        self._due_bytes += 64 + 24 * len(command) + (len(command[2]) if command[0] == "APPEND" else 0)
+    def _add(self, tracked: Tracked, script: str, keys: Sequence[bytes], *values: Any) -> None:  # noqa: ANN401
+        self._due.append((tracked, self._guarded(tracked, script, keys, *values)))
+        self._due_bytes += 128 + 24 * len(keys) + sum(len(value) for value in values if isinstance(value, bytes))
+
+    def _guarded(self, tracked: Tracked, script: str, keys: Sequence[bytes], *values: Any) -> Command:  # noqa: ANN401
+        """Make a command that does nothing once another builder follows the source."""
+        owner = self._layout.owner(self._layout.tag(tracked.model), _field(tracked.source))
+        return ("EVAL", script, len(keys) + 1, owner, *keys, self._builder, *values)
 
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
         number = -1
         try:
-            if tracked.source not in self._stale:
+            if not self._is_unwritten(tracked):
                 number = self._new_number(tracked)
                 if number < 0:
                     return False
@@ -233,22 +248,15 @@ class RedisIndex(TrackingIndex):
         return True
 
     def _new_number(self, tracked: Tracked) -> int:
-        self._begin_life()
         key = self._layout.numbers(self._layout.tag(tracked.model))
         (number,) = self._store.run([("EVAL", TAKE_SLOT, 1, key, MAX_SLOTS)])
         return int(number)
-
-    def _begin_life(self) -> None:
-        """Learn the word of the database that is there now."""
-        if not self._life:
-            word = os.urandom(8).hex().encode()
-            _, self._life = self._store.run([("SET", self._layout.life, word, "NX"), ("GET", self._layout.life)])
 
     def _layout_changed(self, tracked: Tracked) -> None:
         if self._tracked.get(tracked.source, tracked) is not tracked or tracked.source not in self._tracked:
             self._gone[tracked.source] = tracked
         self._unpublished[tracked.source] = tracked
-        self._changed.add(tracked.model)
+        self._changed.add(tracked.source)
 
     def _trust_changed(self, tracked: Tracked) -> None:
         self._layout_changed(tracked)
@@ -257,25 +265,34 @@ class RedisIndex(TrackingIndex):
     def _applied(self, tracked: Tracked) -> None:
         if self._trust.get(tracked.source) != tracked.degraded():
             self._layout_changed(tracked)
-        for slot in () if tracked.source in self._stale else tracked.ledger.slots.values():
+        for slot in () if self._is_unwritten(tracked) else tracked.ledger.slots.values():
             mirror = self._mirrors[slot]
             if mirror.logged > 2 * len(slot.held) + _LOG_SLACK:
                 tag = self._layout.tag(tracked.model)
-                self._add("SET", self._layout.log(tag, mirror.number), _log_of(slot))
+                self._add(tracked, REPLACE, [self._layout.log(tag, mirror.number)], _log_of(slot))
                 mirror.logged = len(slot.held)
         self._flush()
 
     def _reclaim(self, tracked: Tracked, slots: Iterable[Slot]) -> None:
-        """Leave slots to the sweep. Their source's record no longer has them, and is written first."""
+        """Leave slots to the sweep, in the step that takes them out of their source's record."""
         with self._lock:
-            retired = self._layout.retired(self._layout.tag(tracked.model))
-            self._publish_due()
             gone = [self._mirrors.pop(slot) for slot in slots if slot in self._mirrors]
             # what is written anew, or forgotten, leaves all that its record says
-            if self._tracked.get(tracked.source) is tracked and tracked.source not in self._stale:
-                for mirror in gone:
-                    self._add("HSETNX", retired, mirror.number, 0)
+            if self._tracked.get(tracked.source) is tracked and not self._is_unwritten(tracked):
+                self._publish(tracked, [mirror.number for mirror in gone])
             self._flush()
+
+    def release(self, pod: str) -> None:
+        """Stop following a pod and leave what it holds in Redis to the builder that follows it from now on."""
+        with self._lock:
+            self._flush()
+            for source in [source for source in self._tracked if source.pod == pod]:
+                tracked = self._tracked.pop(source)
+                for slot in tracked.ledger.slots.values():
+                    self._mirrors.pop(slot, None)
+                for known in (self._stale, self._unpublished, self._trust):
+                    known.pop(source, None)
+                self._lost.discard(source)
 
     # ---- writing
 
@@ -285,7 +302,6 @@ class RedisIndex(TrackingIndex):
             self._keep_within_bounds()
             return
         try:
-            self._begin_life()
             for tracked in list(self._stale.values()):
                 self._rewrite(tracked)
             for tracked in list(self._gone.values()):
@@ -300,14 +316,34 @@ class RedisIndex(TrackingIndex):
     def _write(self) -> None:
         counter = self._layout.writes(self._builder)
         count: list[Command] = [("GET", counter), ("SET", counter, self._writes + 1, "EX", _COUNT_S)]
-        before, _, *answers = self._store.run([*count, *self._due])
-        lost = self._writes and int(before or 0) not in (self._writes, self._writes + 1)
-        refused = any(answer == 0 for answer, due in zip(answers, self._due, strict=True) if due[1] in (HOLD, RELEASE))
+        before, _, *answers = self._store.run([*count, *(command for _, command in self._due)])
+        is_older = self._writes and int(before or 0) not in (self._writes, self._writes + 1)
+        refused = {
+            tracked.source: tracked for (tracked, _), answer in zip(self._due, answers, strict=True) if not answer
+        }
         self._writes += 1
         self._due, self._due_bytes = [], 0
         self._note_published()
-        if lost or refused:
+        if is_older:
             self._start_over()
+        elif refused:
+            self._look_who_follows(list(refused.values()))
+
+    def _look_who_follows(self, refused: list[Tracked]) -> None:
+        """Find out why Redis refused what we said of some sources: others follow them now, or it began empty."""
+        owners = self._store.run(
+            [
+                ("GET", self._layout.owner(self._layout.tag(tracked.model), _field(tracked.source)))
+                for tracked in refused
+            ]
+        )
+        for tracked, owner in zip(refused, owners, strict=True):
+            if owner is None:
+                self._start_over()
+                return
+            if owner != self._builder and self._tracked.get(tracked.source) is tracked:
+                self._log.warning("source_taken_over", pod=tracked.source.pod, rank=tracked.source.rank)
+                self._lost.add(tracked.source)
 
     def _note_published(self) -> None:
         for mirror in self._fresh:
@@ -317,30 +353,35 @@ class RedisIndex(TrackingIndex):
     def _start_over(self) -> None:
         """Redis is not what it was when we wrote last: it began empty, or an older copy took over."""
         self._log.warning("redis_lost_writes", index=self._store.shown)
-        self._life = b""
         self._writes = 0
         self._due, self._due_bytes = [], 0
-        self._stale = dict(self._tracked)
+        self._make_all_stale()
         for tracked in list(self._stale.values()):
             self._rewrite(tracked)
+
+    def _make_all_stale(self) -> None:
+        self._stale = {source: tracked for source, tracked in self._tracked.items() if source not in self._lost}
 
     def _leave(self, tracked: Tracked) -> None:
         """Take a forgotten source out of Redis: from one step to the next nobody sees its blocks."""
         if tracked.source not in self._tracked:
-            tag = self._layout.tag(tracked.model)
-            directory, field = self._layout.directory(tag), _field(tracked.source)
-            (value,) = self._store.run([("HGET", directory, field)])
-            commands: list[Command] = [("HDEL", directory, field), ("INCR", self._layout.version(tag))]
-            for record in decode_records({field: value} if value else {}):
-                commands += [("HSETNX", self._layout.retired(tag), slot.number, 0) for slot in record.slots]
-            self._store.run(commands)
+            tag, field = self._layout.tag(tracked.model), _field(tracked.source)
+            (value,) = self._store.run([("HGET", self._layout.directory(tag), field)])
+            records = decode_records({field: value} if value else {})
+            numbers = [slot.number for record in records for slot in record.slots]
+            keys = [self._layout.directory(tag), self._layout.version(tag), self._layout.retired(tag)]
+            self._store.run([self._guarded(tracked, LEAVE, keys, field, *numbers)])
+            self._questions.forget(tracked.model)
             self._trust.pop(tracked.source, None)
+            self._lost.discard(tracked.source)
         self._gone.pop(tracked.source, None)
         self._stale.pop(tracked.source, None)
 
     def _failed(self, error: IndexUnavailable) -> None:
         for source, tracked in self._tracked.items():
-            if not all(self._mirrors[slot].published for slot in tracked.ledger.slots.values()):
+            if source not in self._lost and not all(
+                self._mirrors[slot].published for slot in tracked.ledger.slots.values()
+            ):
                 self._stale[source] = tracked
         self._counters["write_failures_total"] += 1
         self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._due_bytes)
@@ -351,21 +392,26 @@ class RedisIndex(TrackingIndex):
     def _keep_within_bounds(self) -> None:
         if self._due_bytes > self._buffer_bytes:
             self._due, self._due_bytes = [], 0
-            self._stale = dict(self._tracked)
+            self._make_all_stale()
 
     def _publish_due(self) -> None:
-        """Put the records that changed behind what is due; readers follow when they see the new version."""
-        for tracked in self._unpublished.values():
-            if tracked.source in self._stale or self._tracked.get(tracked.source) is not tracked:
-                continue
-            tag = self._layout.tag(tracked.model)
-            self._add("HSET", self._layout.directory(tag), _field(tracked.source), encode_record(self._record(tracked)))
-            self._add("HSET", self._layout.models, tag, tracked.model.encode())
-        for model in self._changed:
-            self._questions.forget(model)
-            self._add("INCR", self._layout.version(self._layout.tag(model)))
+        """Put the records that changed behind what is due."""
+        for tracked in list(self._unpublished.values()):
+            if self._tracked.get(tracked.source) is tracked and not self._is_unwritten(tracked):
+                self._publish(tracked, [])
         self._unpublished.clear()
         self._changed.clear()
+
+    def _publish(self, tracked: Tracked, gone: list[int]) -> None:
+        """Put a source's record behind what is due, and slots that it no longer has."""
+        tag, field = self._layout.tag(tracked.model), _field(tracked.source)
+        is_new = tracked.source in self._changed or bool(gone)
+        if is_new:
+            self._questions.forget(tracked.model)
+        keys = [self._layout.directory(tag), self._layout.version(tag), self._layout.retired(tag)]
+        self._add(tracked, PUBLISH, keys, field, encode_record(self._record(tracked)), int(is_new), *gone)
+        self._unpublished.pop(tracked.source, None)
+        self._changed.discard(tracked.source)
 
     def _record(self, tracked: Tracked) -> SourceRecord:
         ledger = tracked.ledger
@@ -398,42 +444,60 @@ class RedisIndex(TrackingIndex):
 
     def _rewrite(self, tracked: Tracked) -> None:
         """Write a source anew from its ledger, under new slot numbers; the old ones are swept."""
-        tag = self._layout.tag(tracked.model)
-        directory, field = self._layout.directory(tag), _field(tracked.source)
-        self._begin_life()
-        (before,) = self._store.run([("HGET", directory, field)])
-        old = decode_records({field: before} if before else {})
-        for slot in tracked.ledger.slots.values():
-            number = self._new_number(tracked)
-            if number < 0:
-                raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
-            mirror = self._mirrors[slot] = _Mirror(number, published=True)
-            slot.bit = 1 << number
-            for key in slot.held.values():
-                mirror.keys[key] = mirror.keys.get(key, 0) + 1
-            mirror.logged = len(slot.held)
-            commands: list[Command] = [("SET", self._layout.log(tag, number), _log_of(slot))]
-            keys = list(mirror.keys)
-            for at in range(0, len(keys), _AT_ONCE):
-                names = self._layout.blocks(keys[at : at + _AT_ONCE])
-                commands.append(("EVAL", HOLD, len(names) + 1, self._layout.life, *names, self._life, bit_of(number)))
-            for at in range(0, len(commands), 64):
-                if 0 in self._store.run(commands[at : at + 64]):
-                    raise IndexUnavailable(f"{self._store.shown}: began empty while it was written")
-        commands = [
-            ("HSET", directory, field, encode_record(self._record(tracked))),
-            ("HSET", self._layout.models, tag, tracked.model.encode()),
-            ("INCR", self._layout.version(tag)),
-        ]
-        mine = {self._mirrors[slot].number for slot in tracked.ledger.slots.values()}
-        for record in old:
-            gone = [slot.number for slot in record.slots if slot.number not in mine]
-            commands += [("HSETNX", self._layout.retired(tag), number, 0) for number in gone]
-        self._store.run(commands)
-        self._questions.forget(tracked.model)
+        tag, field = self._layout.tag(tracked.model), _field(tracked.source)
+        directory = self._layout.directory(tag)
+        owner = self._layout.owner(tag, field)
+        before, _, now = self._store.run(
+            [("HGET", directory, field), ("SET", owner, self._builder, "NX"), ("GET", owner)]
+        )
         self._stale.pop(tracked.source, None)
+        if now != self._builder:
+            self._lost.add(tracked.source)
+            return
+        try:
+            old = [slot.number for record in decode_records({field: before} if before else {}) for slot in record.slots]
+            mine = [self._write_slot(tracked, slot) for slot in tracked.ledger.slots.values()]
+            keys = [directory, self._layout.version(tag), self._layout.retired(tag)]
+            gone = [number for number in old if number not in mine]
+            record = encode_record(self._record(tracked))
+            self._run_guarded(
+                tracked,
+                [
+                    ("HSET", self._layout.models, tag, tracked.model.encode()),
+                    self._guarded(tracked, PUBLISH, keys, field, record, 1, *gone),
+                ],
+            )
+        except IndexUnavailable:
+            self._stale[tracked.source] = tracked
+            raise
+        self._questions.forget(tracked.model)
         self._unpublished.pop(tracked.source, None)
         self._counters["rewritten_total"] += 1
+
+    def _write_slot(self, tracked: Tracked, slot: Slot) -> int:
+        """Write the blocks of a slot under a new number, which is given."""
+        number = self._new_number(tracked)
+        if number < 0:
+            raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
+        mirror = self._mirrors[slot] = _Mirror(number, published=True)
+        slot.bit = 1 << number
+        for key in slot.held.values():
+            mirror.keys[key] = mirror.keys.get(key, 0) + 1
+        mirror.logged = len(slot.held)
+        log = self._layout.log(self._layout.tag(tracked.model), number)
+        commands = [self._guarded(tracked, REPLACE, [log], _log_of(slot))]
+        keys = list(mirror.keys)
+        for at in range(0, len(keys), _AT_ONCE):
+            blocks = self._layout.blocks(keys[at : at + _AT_ONCE])
+            commands.append(self._guarded(tracked, HOLD, blocks, bit_of(number)))
+        for at in range(0, len(commands), 64):
+            self._run_guarded(tracked, commands[at : at + 64])
+        return number
+
+    def _run_guarded(self, tracked: Tracked, commands: Sequence[Command]) -> None:
+        answers = self._store.run(commands)
+        if any(not answer for command, answer in zip(commands, answers, strict=True) if command[0] == "EVAL"):
+            raise IndexUnavailable(f"{self._store.shown}: source {tracked.source} was taken over while it was written")
 
     # ---- going on after another builder
 
@@ -442,8 +506,14 @@ class RedisIndex(TrackingIndex):
         tag = self._layout.tag(tracked.model)
         field = _field(tracked.source)
         try:
-            self._begin_life()
-            (value,) = self._store.run([("HGET", self._layout.directory(tag), field)])
+            # from here on what the builder before may still say is refused
+            _, _, value = self._store.run(
+                [
+                    ("SET", self._layout.owner(tag, field), self._builder),
+                    ("HSET", self._layout.models, tag, tracked.model.encode()),
+                    ("HGET", self._layout.directory(tag), field),
+                ]
+            )
             records = decode_records({field: value} if value else {})
             if not records:
                 return
@@ -453,7 +523,8 @@ class RedisIndex(TrackingIndex):
             )
         except IndexUnavailable as error:
             self._failed(error)
-            self._stale[tracked.source] = tracked  # whatever is there is replaced when Redis answers
+            self._stale[tracked.source] = tracked  # what is there is replaced when Redis answers
+            self._unclaimed.add(tracked.source)
             return
         tracked.incarnation = record.incarnation
         tracked.reason, tracked.since = record.reason, record.since

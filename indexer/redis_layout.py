@@ -6,7 +6,8 @@
 * ``r<model>``: slots that are to be swept, and how far; ``s<model>``: the lock of whoever sweeps.
 * ``l<model>.<slot>``: the ledger of a slot, as a log: what its engine's hashes stand for.
 * ``models``: a hash of all models, by the tag that stands for them in other keys.
-* ``life``: a random word that was written when the database was empty; ``w<builder>``: how often a builder wrote.
+* ``o<model>.<source>``: the builder that follows a source; ``w<builder>``: how often a builder wrote.
+* ``builders`` and ``leases``: who is there, and which pods are whose for how long.
 
 Numbers of slots are given out per model, as only sources of one model ever hold the same blocks: so bits stay few.
 """
@@ -49,11 +50,73 @@ for at = 2, #KEYS do
 end
 return 1
 """
-"""Takes a slot out of blocks; what nobody holds is gone in the same step, so that no writer meets it half gone.
+"""Takes a slot out of blocks; what nobody holds is gone in the same step, so that no writer meets it half gone."""
 
-Both scripts begin with a key and the value that it must have, else they do nothing. For writers that is the word of the
-database: in one that began empty since, the slot's number may be somebody else's. For the sweep it is its lock.
+APPEND = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('APPEND', KEYS[2], ARGV[2])
+return 1
 """
+
+REPLACE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[2])
+return 1
+"""
+
+PUBLISH = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+if ARGV[4] == '1' then redis.call('INCR', KEYS[3]) end
+for at = 5, #ARGV do redis.call('HSETNX', KEYS[4], ARGV[at], 0) end
+return 1
+"""
+"""Writes a source's record, with a new version where readers have to know, and retires slots that it no longer has."""
+
+LEAVE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('HDEL', KEYS[2], ARGV[2])
+redis.call('INCR', KEYS[3])
+for at = 3, #ARGV do redis.call('HSETNX', KEYS[4], ARGV[at], 0) end
+return 1
+"""
+"""Takes a source out of the directory and retires its slots.
+
+All these begin with a key and the value that it must have, else they do nothing. It says which builder a source is
+followed by: once another one took it over, or the database began empty, what the first still has to say is refused.
+For the sweep it is its lock.
+"""
+
+SHARE = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local me, ttl = ARGV[1], tonumber(ARGV[2])
+redis.call('ZADD', KEYS[1], now + ttl, me)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+local target = math.ceil((#ARGV - 2) / redis.call('ZCARD', KEYS[1]))
+local mine, free = {}, {}
+for at = 3, #ARGV do
+  local lease = redis.call('HGET', KEYS[2], ARGV[at])
+  local owner, ends = string.match(lease or '', '^(%S+) (%d+)$')
+  if owner == me then mine[#mine + 1] = ARGV[at]
+  elseif not owner or tonumber(ends) <= now then free[#free + 1] = ARGV[at] end
+end
+while #mine > target do redis.call('HDEL', KEYS[2], table.remove(mine)) end
+while #mine < target and #free > 0 do mine[#mine + 1] = table.remove(free, 1) end
+for _, pod in ipairs(mine) do redis.call('HSET', KEYS[2], pod, string.format('%s %d', me, now + ttl)) end
+return mine
+"""
+"""Divides pods among the builders that called lately: gives those that are the caller's for so many milliseconds."""
+
+QUIT = """
+redis.call('ZREM', KEYS[1], ARGV[1])
+for at = 2, #ARGV do
+  local lease = redis.call('HGET', KEYS[2], ARGV[at])
+  if lease and string.match(lease, '^%S+') == ARGV[1] then redis.call('HDEL', KEYS[2], ARGV[at]) end
+end
+"""
+"""Gives pods back."""
 
 SWEPT = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then redis.call('SETBIT', KEYS[2], ARGV[1], 0) end
@@ -120,7 +183,8 @@ class Layout:
         self._prefix = prefix.encode()
         self._block = self._prefix + b"b"
         self.models = self._prefix + b"models"
-        self.life = self._prefix + b"life"
+        self.builders = self._prefix + b"{leases}builders"
+        self.leases = self._prefix + b"{leases}pods"
 
     def tag(self, model: str) -> bytes:
         """Give what stands for a model in keys."""
@@ -149,6 +213,10 @@ class Layout:
     def log(self, tag: bytes, slot: int) -> bytes:
         """Name the ledger of a slot."""
         return self._prefix + b"l" + tag + b".%d" % slot
+
+    def owner(self, tag: bytes, field: bytes) -> bytes:
+        """Name the builder of a source."""
+        return self._prefix + b"o" + tag + b"." + field
 
     def writes(self, builder: bytes) -> bytes:
         """Name the count of a builder's writes."""

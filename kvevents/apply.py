@@ -137,11 +137,14 @@ class Applier:
             return None
         return source
 
-    def forget(self, pod: str) -> None:
-        """Forget a pod's blocks and sequence numbers."""
+    def forget(self, pod: str, *, keep: bool) -> None:
+        """Forget a pod's sequence numbers, and its blocks unless they are to be kept for somebody else."""
         self._flows = {key: flow for key, flow in self._flows.items() if flow.source.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
-        self._index.forget(pod)
+        if keep:
+            self._index.release(pod)
+        else:
+            self._index.forget(pod)
 
     def _note_discards(self, source: Source, batch: Decoded, seq: int) -> None:
         for reason, count in batch.discards.items():

@@ -153,8 +153,11 @@ class EventPool:
         """
         return self._open().add(Subscription(endpoint, topic=topic, model=model, bind=True))
 
-    def unsubscribe(self, pod: str) -> None:
-        """Stop following a pod and forget all its blocks. Unknown pods are fine."""
+    def unsubscribe(self, pod: str, *, keep: bool = False) -> None:
+        """Stop following a pod and forget all its blocks. Unknown pods are fine.
+
+        `keep` leaves the blocks in an index that is shared, to the builder that follows the pod from now on.
+        """
         with self._lock:
             known = self._subscribed.pop(pod, None)
             receiver = self._receiver
@@ -163,7 +166,7 @@ class EventPool:
         number = self._shard(pod)
         self._queues[number].discard(pod)
         with self._locks[number]:
-            self._appliers[number].forget(pod)
+            self._appliers[number].forget(pod, keep=keep)
 
     def submit(self, message: Message) -> None:
         """Take a message as if it had come from a socket; waits while the queue is full.

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
-from indexer import Limits, open_index
+from indexer import Leases, Limits, open_index
 from kvevents import EventPool, KVEventsError
-from kvindex.config import Config
+from kvindex.config import Config, PodConfig
 from kvindex.errors import UserError
 from kvindex.http import create_app
+from kvindex.sharing import SharedPods
 from scorer import PrefixScorer
 
 
@@ -27,16 +28,15 @@ def run_serve(config: Config) -> int:
             f"index.role scorer: {config.index.url} is in this process alone; name a shared one, redis://..."
         )
     pool = EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies)
-    with pool if follows else contextlib.nullcontext():
-        try:
-            for pod in config.pods if follows else ():
-                pool.subscribe(
-                    pod.pod, pod.endpoint, replay=pod.replay, model=pod.model, topic=pod.topic, copies=pod.copies
-                )
-            for bound in config.bind if follows else ():
-                pool.bind(bound.endpoint, topic=bound.topic, model=bound.model)
-        except KVEventsError as error:
-            raise UserError(str(error)) from error
+    with contextlib.ExitStack() as running:
+        if follows:
+            running.enter_context(pool)
+            try:
+                for bound in config.bind:
+                    pool.bind(bound.endpoint, topic=bound.topic, model=bound.model)
+                _follow(config, pool, running)
+            except KVEventsError as error:
+                raise UserError(str(error)) from error
         scorer = PrefixScorer(index, config.scorer.block_size, tier_weights=config.scorer.tier_weights)
         app = create_app(
             scorer, index, pool, max_tokens=config.http.max_tokens, max_body_bytes=config.http.max_body_bytes
@@ -49,6 +49,21 @@ def run_serve(config: Config) -> int:
         log.info("stopped")
     index.close()
     return 0
+
+
+def _follow(config: Config, pool: EventPool, running: contextlib.ExitStack) -> None:
+    """Subscribe the pods; where others build the same index too, a share of them."""
+
+    def subscribe(pod: PodConfig) -> None:
+        pool.subscribe(pod.pod, pod.endpoint, replay=pod.replay, model=pod.model, topic=pod.topic, copies=pod.copies)
+
+    if config.index.url.startswith("memory:"):
+        for pod in config.pods:
+            subscribe(pod)
+    elif config.pods:
+        shared = SharedPods(pool, Leases(config.index.url), config.pods, subscribe)
+        shared.start()
+        running.callback(shared.close)
 
 
 class _Server(uvicorn.Server):
