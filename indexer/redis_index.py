@@ -189,7 +189,7 @@ class RedisIndex(TrackingIndex):
         """Drop blocks that outlived their time, write what waits, and sweep a little, see `Index.expire`."""
         super().expire()
         with self._lock:
-            self._flush()
+            self._flush(look=True)
         try:
             self.sweep()
         except IndexUnavailable:
@@ -296,8 +296,8 @@ class RedisIndex(TrackingIndex):
 
     # ---- writing
 
-    def _flush(self) -> None:
-        """Write what is due, or leave it for later."""
+    def _flush(self, *, look: bool = False) -> None:
+        """Write what is due, or leave it for later; `look` whether Redis still has what we wrote, if nothing is due."""
         if time.monotonic() < self._retry_at:
             self._keep_within_bounds()
             return
@@ -307,7 +307,7 @@ class RedisIndex(TrackingIndex):
             for tracked in list(self._gone.values()):
                 self._leave(tracked)
             self._publish_due()
-            if self._due:
+            if self._due or (look and self._writes):
                 self._write()
             self._backoff = _BACKOFF_S[0]
         except IndexUnavailable as error:
