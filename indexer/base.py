@@ -83,6 +83,8 @@ class SourceStatus(msgspec.Struct, frozen=True):
     """When it became so (seconds since the epoch), 0.0 when exact."""
     fleet_wide: bool
     """Any pod of the model can read these blocks (shared storage)."""
+    last_seq: int | None = None
+    """The number of the last message that was applied, None where nobody said it."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,8 +165,11 @@ class Index(Protocol):
         Raises `InvalidQuestion` when the source is not registered.
         """
 
-    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
-        """Do what `apply` does with one batch after the other; the more at once, the cheaper each."""
+    def apply_all(self, source: Source, batches: Sequence[Events], *, last_seq: int | None = None) -> None:
+        """Do what `apply` does with one batch after the other; the more at once, the cheaper each.
+
+        `last_seq` is the number of the message with the last of them, for those who ask how far the index is.
+        """
 
     def restart(self, source: Source) -> None:
         """Forget everything the source holds, and how its cache is laid out: its engine began anew."""

@@ -46,9 +46,9 @@ class NativeIndex:
         """Apply events in order, see `Index.apply`."""
         self.apply_all(source, (events,))
 
-    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
+    def apply_all(self, source: Source, batches: Sequence[Events], *, last_seq: int | None = None) -> None:
         """Apply batch after batch, see `Index.apply_all`."""
-        _require(source, found=self._index.apply(source, batches))
+        _require(source, found=self._index.apply(source, batches, last_seq))
 
     def restart(self, source: Source) -> None:
         """Forget what a source holds, see `Index.restart`."""

@@ -263,6 +263,7 @@ class RedisIndex(TrackingIndex):
         self._flush()
 
     def _applied(self, tracked: Tracked) -> None:
+        self._unpublished[tracked.source] = tracked
         if self._trust.get(tracked.source) != tracked.degraded():
             self._layout_changed(tracked)
         for slot in () if self._is_unwritten(tracked) else tracked.ledger.slots.values():
@@ -438,6 +439,7 @@ class RedisIndex(TrackingIndex):
             degraded,
             tracked.since,
             bare,
+            tracked.last_seq,
             groups,
             slots,
         )
@@ -527,7 +529,7 @@ class RedisIndex(TrackingIndex):
             self._unclaimed.add(tracked.source)
             return
         tracked.incarnation = record.incarnation
-        tracked.reason, tracked.since = record.reason, record.since
+        tracked.reason, tracked.since, tracked.last_seq = record.reason, record.since, record.last_seq
         ledger = tracked.ledger
         ledger.groups.update({number: GroupSpec(size, tail) for number, size, tail in record.groups})
         if record.bare_images:

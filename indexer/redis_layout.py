@@ -150,6 +150,7 @@ class SourceRecord(msgspec.Struct, array_like=True):
     """The same, or what its ledger knows itself."""
     since: float
     bare_images: bool
+    last_seq: int | None
     groups: list[tuple[int, int, int | None]]
     """Number, block size and tail of each cache group."""
     slots: list[SlotRecord]

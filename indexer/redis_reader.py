@@ -167,4 +167,5 @@ def _status_of(record: SourceRecord, model: str) -> SourceStatus:
         degraded=record.degraded,
         degraded_since=record.since if record.degraded else 0.0,
         fleet_wide=record.fleet_wide,
+        last_seq=record.last_seq,
     )

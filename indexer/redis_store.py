@@ -131,4 +131,4 @@ def _options(url: RedisUrl) -> dict[str, Any]:
 
 def unavailable(shown: str, error: RedisError) -> IndexUnavailable:
     """Say that Redis did not do what it was asked."""
-    return IndexUnavailable(f"{shown}: {str(error) or type(error).__name__}")
+    return IndexUnavailable(f"{shown}: {str(error)[:200] or type(error).__name__}")  # some answers are a page long

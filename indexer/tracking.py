@@ -41,6 +41,7 @@ class Tracked:
         self.incarnation = 0
         self.reason = ""
         self.since = 0.0
+        self.last_seq: int | None = None
         self.ledger: Ledger
 
     def degraded(self) -> str:
@@ -112,7 +113,7 @@ class TrackingIndex(ABC):
         """Apply events in order, see `Index.apply`."""
         self.apply_all(source, (events,))
 
-    def apply_all(self, source: Source, batches: Sequence[Events]) -> None:
+    def apply_all(self, source: Source, batches: Sequence[Events], *, last_seq: int | None = None) -> None:
         """Apply batch after batch, see `Index.apply_all`."""
         tracked = self._require(source)
         for events in batches:
@@ -125,6 +126,7 @@ class TrackingIndex(ABC):
                     self._require(source)  # it may have been forgotten meanwhile
                     self._apply_one(tracked, event)
         with self._lock:
+            tracked.last_seq = tracked.last_seq if last_seq is None else last_seq
             self._applied(tracked)
 
     def _apply_one(self, tracked: Tracked, event: BlockStored | BlockRemoved) -> None:
@@ -221,6 +223,7 @@ class TrackingIndex(ABC):
             degraded=degraded,
             degraded_since=tracked.since if degraded else 0.0,
             fleet_wide=tracked.fleet_wide,
+            last_seq=tracked.last_seq,
         )
 
     def _gauges(self) -> dict[str, int]:

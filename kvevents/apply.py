@@ -86,7 +86,7 @@ class Applier:
     def _hand_over(self, source: Source, due: list[Decoded], seq: int) -> None:
         if due:
             events = [batch.events for batch in due]
-            self._index.apply_all(source, events)
+            self._index.apply_all(source, events, last_seq=seq)
             self.counters["events_total"] += sum(map(len, events))
             self.counters["applied_total"] += len(due)
             self.sequences[source] = seq

@@ -119,7 +119,7 @@ def create_app(
                     trust="degraded" if status.degraded else "exact",
                     reason=status.degraded,
                     since=status.degraded_since,
-                    last_seq=sequences.get(status.source),
+                    last_seq=sequences.get(status.source, status.last_seq),
                     connected=connected.get(status.source.pod),
                 )
                 for status in statuses

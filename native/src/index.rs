@@ -60,6 +60,8 @@ pub struct Tracked {
     /// In which order sources were registered.
     number: u64,
     incarnation: AtomicU64,
+    /// The number of the last message, plus one; 0 where nobody said it.
+    after_seq: AtomicU64,
     ledger: Mutex<Ledger>,
     /// Whether blocks may wait for somebody to say their tokens; set before the ledger looks elsewhere for them.
     wanting: AtomicBool,
@@ -100,6 +102,7 @@ pub struct Status {
     pub block_sizes: Vec<u32>,
     pub degraded: Option<Arc<str>>,
     pub degraded_since: f64,
+    pub last_seq: Option<u64>,
 }
 
 /// A source of a view and its chains.
@@ -184,6 +187,7 @@ impl Index {
             counted,
             number: self.registered.fetch_add(1, Ordering::Relaxed),
             incarnation: AtomicU64::new(1),
+            after_seq: AtomicU64::new(0),
             wanting: AtomicBool::new(false),
             is_degraded: AtomicBool::new(false),
             trouble: RwLock::default(),
@@ -199,7 +203,12 @@ impl Index {
     }
 
     /// Applies the events of a source, batch by batch, in order.
-    pub fn apply<'a>(&self, name: &Name, batches: impl IntoIterator<Item = &'a [Event]>) -> Result<(), Refusal> {
+    pub fn apply<'a>(
+        &self,
+        name: &Name,
+        batches: impl IntoIterator<Item = &'a [Event]>,
+        last_seq: Option<u64>,
+    ) -> Result<(), Refusal> {
         let tracked = self.require(name)?;
         let elsewhere = |name| self.find_elsewhere(&tracked.model, name);
         let elsewhere: &dyn Fn(EngineHash) -> Option<Known> = &elsewhere;
@@ -246,6 +255,9 @@ impl Index {
         }
         ledger.settle(&here);
         self.settle(&tracked, &mut ledger);
+        if let Some(seq) = last_seq {
+            tracked.after_seq.store(seq.saturating_add(1), Ordering::Relaxed);
+        }
         let gone = ledger.gone;
         drop(ledger);
         self.reclaim_all(dead);
@@ -571,7 +583,8 @@ impl Index {
         let degraded = tracked.degraded();
         let degraded_since = if degraded.is_some() { tracked.trouble.read().since } else { 0.0 };
         let incarnation = tracked.incarnation.load(Ordering::Relaxed);
-        Status { tracked, incarnation, tiers, block_sizes, degraded, degraded_since }
+        let last_seq = tracked.after_seq.load(Ordering::Relaxed).checked_sub(1);
+        Status { tracked, incarnation, tiers, block_sizes, degraded, degraded_since, last_seq }
     }
 
     /// Gauges, and the counter of what waited too long, by name.

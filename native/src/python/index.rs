@@ -58,12 +58,12 @@ impl Index {
 
     /// Applies batches in order, decoded ones or events as `indexer.events` has them; says no where the source is not
     /// followed.
-    fn apply(&self, source: &Bound<'_, PyTuple>, batches: &Bound<'_, PyAny>) -> PyResult<bool> {
+    fn apply(&self, source: &Bound<'_, PyTuple>, batches: &Bound<'_, PyAny>, last_seq: Option<u64>) -> PyResult<bool> {
         let name = name_of(source)?;
         let batches: Vec<Bound<'_, Batch>> =
             batches.try_iter()?.map(|batch| batch_of(batch?)).collect::<PyResult<_>>()?;
         let events: Vec<&[Event]> = batches.iter().map(|batch| &batch.get().batch.events[..]).collect();
-        Ok(source.py().detach(|| self.index.apply(&name, events)).is_ok())
+        Ok(source.py().detach(|| self.index.apply(&name, events, last_seq)).is_ok())
     }
 
     /// Forgets everything a source holds; says no where it is not followed.
@@ -145,6 +145,7 @@ impl Index {
                 status.degraded.as_deref().unwrap_or(""),
                 status.degraded_since,
                 status.tracked.fleet_wide,
+                status.last_seq,
             ))?)?;
         }
         Ok(list)
