@@ -19,14 +19,21 @@ def open_index(url: str = "memory://", *, limits: Limits | None = None) -> Index
 
     Raises `InvalidQuestion` for a URL that names no index of this version, or a core that is not installed.
     """
-    parts = urlsplit(url)
-    if parts.scheme in SCHEMES:
+    if url.partition("://")[0].lower() in SCHEMES:
         from indexer.redis_index import RedisIndex
 
         return RedisIndex(url, limits)
+    secret, at, rest = url.rpartition("@")
+    shown = f"{secret.partition('://')[0]}://...@{rest}" if at else url
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidQuestion(f"index URL {shown!r}: {error}") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme != "memory" or parts.netloc or parts.path:
-        raise InvalidQuestion(f"index URL {url!r}: expected memory://, memory://?impl=python, redis://host:port/0, ...")
+        raise InvalidQuestion(
+            f"index URL {shown!r}: expected memory://, memory://?impl=python, redis://host:port/0, ..."
+        )
     asked = options.pop("impl", "")
     if asked not in ("", "native", "python") or options:
         raise InvalidQuestion(f"index URL {url!r}: the only option is impl, native or python")

@@ -7,9 +7,10 @@ source is written anew from its ledger. So a fault costs time, never truth.
 """
 
 import os
+import secrets
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import structlog
 
@@ -20,6 +21,7 @@ from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
 from indexer.redis_layout import (
+    ADVANCE,
     APPEND,
     HOLD,
     LEAVE,
@@ -50,6 +52,12 @@ _AT_ONCE = 512
 _ENTRY = 4096
 """Blocks in one entry of a log that is written anew."""
 
+_PORTION = 256 * 1024
+"""Bytes, about, that are written in one round trip: each has the time that an answer may take."""
+
+_NEVER = -1
+"""How far a slot is swept whose log cannot be read: nobody knows its blocks, so its number stays out of use."""
+
 _SWEEP_BYTES = 64 * 1024
 _SWEEP_LOCK_MS = 10_000
 _LOG_SLACK = 1024
@@ -62,6 +70,9 @@ _BACKOFF_S = 0.05, 2.0
 
 _ORPHAN_S = 600.0
 """How long a slot number may be in nobody's record; between taking and publishing one lies a round trip or two."""
+
+
+_Outlook: TypeAlias = tuple[str, bool, list[bool]]
 
 
 class _Mirror:
@@ -112,8 +123,8 @@ class RedisIndex(TrackingIndex):
         """Stale sources that Redis does not know to be ours yet."""
         self._lost: set[Source] = set()
         """Sources that another builder follows now: nothing of them is written here any more."""
-        self._trust: dict[Source, str] = {}
-        """Why sources are degraded, as their records say."""
+        self._shown: dict[Source, _Outlook] = {}
+        """What else the records of sources say, see `_outlook`."""
         self._gone: dict[Source, Tracked] = {}
         """Sources that were forgotten and are still in Redis."""
         self._fresh: list[_Mirror] = []
@@ -180,7 +191,11 @@ class RedisIndex(TrackingIndex):
                 self._flush()
             super().register(source, model=model, copies=copies, fleet_wide=fleet_wide)
             if is_new:
-                self._resume(self._tracked[source])
+                if source in self._gone:  # Redis still has what was forgotten
+                    self._stale[source] = self._tracked[source]
+                    self._unclaimed.add(source)
+                else:
+                    self._resume(self._tracked[source])
                 self._flush()
             if degraded and is_new:
                 self.degrade(source, degraded)
@@ -223,8 +238,9 @@ class RedisIndex(TrackingIndex):
         return tracked.source in self._stale or tracked.source in self._lost
 
     def _add(self, tracked: Tracked, script: str, keys: Sequence[bytes], *values: Any) -> None:  # noqa: ANN401
-        self._due.append((tracked, self._guarded(tracked, script, keys, *values)))
-        self._due_bytes += 128 + 24 * len(keys) + sum(len(value) for value in values if isinstance(value, bytes))
+        command = self._guarded(tracked, script, keys, *values)
+        self._due.append((tracked, command))
+        self._due_bytes += _weight(command)
 
     def _guarded(self, tracked: Tracked, script: str, keys: Sequence[bytes], *values: Any) -> Command:  # noqa: ANN401
         """Make a command that does nothing once another builder follows the source."""
@@ -234,7 +250,9 @@ class RedisIndex(TrackingIndex):
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
         number = -1
         try:
-            if not self._is_unwritten(tracked):
+            if not self._is_unwritten(tracked) and time.monotonic() < self._retry_at:
+                self._stale[tracked.source] = tracked
+            elif not self._is_unwritten(tracked):
                 number = self._new_number(tracked)
                 if number < 0:
                     return False
@@ -255,6 +273,8 @@ class RedisIndex(TrackingIndex):
     def _layout_changed(self, tracked: Tracked) -> None:
         if self._tracked.get(tracked.source, tracked) is not tracked or tracked.source not in self._tracked:
             self._gone[tracked.source] = tracked
+            if self._stale.get(tracked.source) is tracked:
+                del self._stale[tracked.source]
         self._unpublished[tracked.source] = tracked
         self._changed.add(tracked.source)
 
@@ -263,9 +283,9 @@ class RedisIndex(TrackingIndex):
         self._flush()
 
     def _applied(self, tracked: Tracked) -> None:
+        if self._tracked.get(tracked.source) is not tracked:
+            return
         self._unpublished[tracked.source] = tracked
-        if self._trust.get(tracked.source) != tracked.degraded():
-            self._layout_changed(tracked)
         for slot in () if self._is_unwritten(tracked) else tracked.ledger.slots.values():
             mirror = self._mirrors[slot]
             if mirror.logged > 2 * len(slot.held) + _LOG_SLACK:
@@ -291,7 +311,7 @@ class RedisIndex(TrackingIndex):
                 tracked = self._tracked.pop(source)
                 for slot in tracked.ledger.slots.values():
                     self._mirrors.pop(slot, None)
-                for known in (self._stale, self._unpublished, self._trust):
+                for known in (self._stale, self._unpublished, self._shown):
                     known.pop(source, None)
                 self._lost.discard(source)
 
@@ -303,13 +323,15 @@ class RedisIndex(TrackingIndex):
             self._keep_within_bounds()
             return
         try:
+            self._publish_due()
+            while self._due or (look and self._writes):
+                self._write()
+                look = False
+            # later than what was due: in that may be what these sources were before
             for tracked in list(self._stale.values()):
                 self._rewrite(tracked)
             for tracked in list(self._gone.values()):
                 self._leave(tracked)
-            self._publish_due()
-            if self._due or (look and self._writes):
-                self._write()
             self._backoff = _BACKOFF_S[0]
         except IndexUnavailable as error:
             self._failed(error)
@@ -317,14 +339,18 @@ class RedisIndex(TrackingIndex):
     def _write(self) -> None:
         counter = self._layout.writes(self._builder)
         count: list[Command] = [("GET", counter), ("SET", counter, self._writes + 1, "EX", _COUNT_S)]
-        before, _, *answers = self._store.run([*count, *(command for _, command in self._due)])
+        portion, size = 0, 0
+        while portion < len(self._due) and size < _PORTION:
+            size += _weight(self._due[portion][1])
+            portion += 1
+        now, later = self._due[:portion], self._due[portion:]
+        before, _, *answers = self._store.run([*count, *(command for _, command in now)])
         is_older = self._writes and int(before or 0) not in (self._writes, self._writes + 1)
-        refused = {
-            tracked.source: tracked for (tracked, _), answer in zip(self._due, answers, strict=True) if not answer
-        }
+        refused = {tracked.source: tracked for (tracked, _), answer in zip(now, answers, strict=True) if not answer}
         self._writes += 1
-        self._due, self._due_bytes = [], 0
-        self._note_published()
+        self._due, self._due_bytes = later, self._due_bytes - size
+        if not later:
+            self._note_published()
         if is_older:
             self._start_over()
         elif refused:
@@ -371,12 +397,11 @@ class RedisIndex(TrackingIndex):
             records = decode_records({field: value} if value else {})
             numbers = [slot.number for record in records for slot in record.slots]
             keys = [self._layout.directory(tag), self._layout.version(tag), self._layout.retired(tag)]
-            self._store.run([self._guarded(tracked, LEAVE, keys, field, *numbers)])
+            self._store.run([self._guarded(tracked, LEAVE, keys, field, _step(), *numbers)])
             self._questions.forget(tracked.model)
-            self._trust.pop(tracked.source, None)
+            self._shown.pop(tracked.source, None)
             self._lost.discard(tracked.source)
         self._gone.pop(tracked.source, None)
-        self._stale.pop(tracked.source, None)
 
     def _failed(self, error: IndexUnavailable) -> None:
         for source, tracked in self._tracked.items():
@@ -406,17 +431,22 @@ class RedisIndex(TrackingIndex):
     def _publish(self, tracked: Tracked, gone: list[int]) -> None:
         """Put a source's record behind what is due, and slots that it no longer has."""
         tag, field = self._layout.tag(tracked.model), _field(tracked.source)
-        is_new = tracked.source in self._changed or bool(gone)
+        is_new = (
+            tracked.source in self._changed
+            or bool(gone)
+            or self._shown.get(tracked.source) != _outlook(tracked, bare=tracked.model in self._bare_models)
+        )
         if is_new:
             self._questions.forget(tracked.model)
         keys = [self._layout.directory(tag), self._layout.version(tag), self._layout.retired(tag)]
-        self._add(tracked, PUBLISH, keys, field, encode_record(self._record(tracked)), int(is_new), *gone)
+        self._add(tracked, PUBLISH, keys, field, encode_record(self._record(tracked)), _step() if is_new else 0, *gone)
         self._unpublished.pop(tracked.source, None)
         self._changed.discard(tracked.source)
 
     def _record(self, tracked: Tracked) -> SourceRecord:
         ledger = tracked.ledger
-        degraded = self._trust[tracked.source] = tracked.degraded()
+        outlook = _outlook(tracked, bare=tracked.model in self._bare_models)
+        degraded, bare, _ = self._shown[tracked.source] = outlook
         slots = [
             SlotRecord(
                 self._mirrors[slot].number,
@@ -429,7 +459,6 @@ class RedisIndex(TrackingIndex):
             for slot in ledger.slots.values()
         ]
         groups = [(number, spec.block_size, spec.tail) for number, spec in ledger.groups.items()]
-        bare = tracked.model in self._bare_models
         return SourceRecord(
             *tracked.source,
             tracked.incarnation,
@@ -466,7 +495,7 @@ class RedisIndex(TrackingIndex):
                 tracked,
                 [
                     ("HSET", self._layout.models, tag, tracked.model.encode()),
-                    self._guarded(tracked, PUBLISH, keys, field, record, 1, *gone),
+                    self._guarded(tracked, PUBLISH, keys, field, record, _step(), *gone),
                 ],
             )
         except IndexUnavailable:
@@ -528,15 +557,19 @@ class RedisIndex(TrackingIndex):
             self._stale[tracked.source] = tracked  # what is there is replaced when Redis answers
             self._unclaimed.add(tracked.source)
             return
+        replays = [_replayed(log) for log in logs]
+        whole = [replayed for replayed in replays if replayed is not None]
+        if len(whole) < len(replays):
+            self._log.warning("redis_log_unreadable", pod=tracked.source.pod, rank=tracked.source.rank)
+            self._stale[tracked.source] = tracked  # begins anew under other numbers
+            return
         tracked.incarnation = record.incarnation
         tracked.reason, tracked.since, tracked.last_seq = record.reason, record.since, record.last_seq
         ledger = tracked.ledger
         ledger.groups.update({number: GroupSpec(size, tail) for number, size, tail in record.groups})
         if record.bare_images:
             self._bare_models.add(tracked.model)
-        for known, log in zip(record.slots, logs, strict=False):
-            replayed = Replayed()
-            replayed.feed(log or b"")
+        for known, replayed in zip(record.slots, whole, strict=True):
             slot = Slot(known.medium, known.group, known.block_size)
             slot.bit = 1 << known.number
             slot.held, slot.copies = replayed.held, replayed.copies
@@ -567,7 +600,7 @@ class RedisIndex(TrackingIndex):
                 if done >= budget or not self._may_sweep(tag):
                     return done
                 place: int | None = int(cursor)
-                while place is not None and done < budget:
+                while place is not None and place != _NEVER and done < budget:
                     place = self._sweep_some(tag, int(number), place)
                     done += 1
         return done
@@ -590,28 +623,26 @@ class RedisIndex(TrackingIndex):
             (portion,) = self._store.run([("GETRANGE", log, cursor, cursor + size - 1)])
             replayed = Replayed()
             replayed.feed(portion)
-            if replayed.read or len(portion) < size:
+            if replayed.read or replayed.broken or len(portion) < size:
                 break
             size *= 4  # an entry that is longer than a portion
+        sweeper, numbers = self._layout.sweeper(tag), self._layout.numbers(tag)
+        if not portion:
+            (swept,) = self._store.run([("EVAL", SWEPT, 4, sweeper, retired, log, numbers, self._builder, number)])
+            self._counters["swept_total"] += swept
+            return None
         if not replayed.read:
-            self._store.run(
-                [
-                    ("DEL", log),
-                    ("EVAL", SWEPT, 2, retired, self._layout.numbers(tag), number),
-                ]
-            )
-            self._counters["swept_total"] += 1
+            self._log.warning("redis_log_unreadable", key=log.decode(errors="replace"))
+            self._store.run([("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, _NEVER)])
             return None
         commands: list[Command] = []
         for at in range(0, len(replayed.mentioned), _AT_ONCE):
             names = self._layout.blocks(replayed.mentioned[at : at + _AT_ONCE])
-            commands.append(
-                ("EVAL", RELEASE, len(names) + 1, self._layout.sweeper(tag), *names, self._builder, bit_of(number))
-            )
-        *released, _ = self._store.run([*commands, ("HSET", retired, number, cursor + replayed.read)])
-        if 0 in released:  # it took us so long that somebody else sweeps now
-            self._store.run([("HSET", retired, number, cursor)])
-        return cursor + replayed.read
+            commands.append(("EVAL", RELEASE, len(names) + 1, sweeper, *names, self._builder, bit_of(number)))
+        place = cursor + replayed.read
+        commands.append(("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, place))
+        # where it took us so long that somebody else sweeps now, that is theirs to go on with
+        return None if 0 in self._store.run(commands) else place
 
     def _find_orphans(self, tag: bytes) -> None:
         """Retire numbers that were given out to a builder that was killed before it said what for."""
@@ -662,6 +693,28 @@ class AsyncRedisReader:
     async def close(self) -> None:
         """Give all connections back. May be called twice."""
         await self._store.close()
+
+
+def _step() -> int:
+    """Give what a version grows by: to one that it never was, also in a database that began empty since."""
+    return 1 + secrets.randbelow(2**31)
+
+
+def _outlook(tracked: Tracked, *, bare: bool) -> _Outlook:
+    """Give what may change in a record while its layout stays."""
+    return tracked.degraded(), bare, [slot.seen is not None for slot in tracked.ledger.slots.values()]
+
+
+def _weight(command: Command) -> int:
+    """Give the bytes of a command, about."""
+    return 64 + 24 * len(command) + sum(len(part) for part in command[-2:] if isinstance(part, bytes))
+
+
+def _replayed(log: bytes | None) -> Replayed | None:
+    """Read a log; None where not all of it can be read."""
+    replayed = Replayed()
+    replayed.feed(log or b"")
+    return replayed if replayed.read == len(log or b"") else None
 
 
 def _field(source: Source) -> bytes:

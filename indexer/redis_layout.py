@@ -67,7 +67,7 @@ return 1
 PUBLISH = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
-if ARGV[4] == '1' then redis.call('INCR', KEYS[3]) end
+if ARGV[4] ~= '0' then redis.call('INCRBY', KEYS[3], ARGV[4]) end
 for at = 5, #ARGV do redis.call('HSETNX', KEYS[4], ARGV[at], 0) end
 return 1
 """
@@ -77,8 +77,8 @@ LEAVE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('HDEL', KEYS[2], ARGV[2])
-redis.call('INCR', KEYS[3])
-for at = 3, #ARGV do redis.call('HSETNX', KEYS[4], ARGV[at], 0) end
+redis.call('INCRBY', KEYS[3], ARGV[3])
+for at = 4, #ARGV do redis.call('HSETNX', KEYS[4], ARGV[at], 0) end
 return 1
 """
 """Takes a source out of the directory and retires its slots.
@@ -118,8 +118,20 @@ end
 """
 """Gives pods back."""
 
+ADVANCE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end
+return 1
+"""
+"""Says how far a slot is swept, if it still is to be swept, and by the one who says it."""
+
 SWEPT = """
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then redis.call('SETBIT', KEYS[2], ARGV[1], 0) end
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if redis.call('HDEL', KEYS[2], ARGV[2]) == 1 then
+  redis.call('DEL', KEYS[3])
+  redis.call('SETBIT', KEYS[4], ARGV[2], 0)
+end
+return 1
 """
 """Makes the number of a slot that is swept free again, once."""
 
@@ -262,17 +274,26 @@ _HELD, _GONE, _COPIES = 0, 1, 2
 
 def log_blocks(names: Sequence[EngineHash], keys: Sequence[BlockKey], *, held: bool) -> bytes:
     """Write an entry of a ledger's log: names that stand for keys from now on, or no longer."""
-    packed: bytes | Sequence[EngineHash]
+    packed: bytes | list[EngineHash | str]
     try:
         packed = struct.pack(f">{len(names)}Q", *names)
     except struct.error:  # hashes that are bytes, or numbers beyond 64 bits
-        packed = names
+        packed = [_said(name) for name in names]
     return _entry([_HELD if held else _GONE, packed, struct.pack(f">{len(keys)}Q", *keys) if held else b""])
 
 
 def log_copies(name: EngineHash, copies: int) -> bytes:
     """Write an entry of a ledger's log: how many physical copies a name has."""
-    return _entry([_COPIES, name, copies])
+    return _entry([_COPIES, _said(name), copies])
+
+
+def _said(name: EngineHash) -> EngineHash | str:
+    """Give a name as msgpack can say it."""
+    return name if isinstance(name, bytes) or -(2**63) <= name < 2**64 else str(name)
+
+
+def _heard(name: EngineHash | str) -> EngineHash:
+    return int(name) if isinstance(name, str) else name
 
 
 def _entry(content: list[Any]) -> bytes:
@@ -289,6 +310,8 @@ class Replayed(msgspec.Struct):
     """All keys that were ever held."""
     read: int = 0
     """Bytes of whole entries."""
+    broken: bool = False
+    """What follows is no entry."""
 
     def feed(self, log: bytes) -> None:
         """Read entries; one that is cut short at the end waits for the next call."""
@@ -297,7 +320,11 @@ class Replayed(msgspec.Struct):
             (size,) = _HEAD.unpack_from(log, place)
             if place + 4 + size > len(log):
                 break
-            self._take(msgspec.msgpack.decode(log[place + 4 : place + 4 + size]))
+            try:
+                self._take(msgspec.msgpack.decode(log[place + 4 : place + 4 + size]))
+            except (msgspec.MsgspecError, struct.error, ValueError, TypeError):
+                self.broken = True
+                break
             place += 4 + size
         self.read += place
 
@@ -305,12 +332,14 @@ class Replayed(msgspec.Struct):
         kind, names, more = entry
         if kind == _COPIES:
             if more > 1:
-                self.copies[names] = more
+                self.copies[_heard(names)] = more
             else:
-                self.copies.pop(names, None)
+                self.copies.pop(_heard(names), None)
             return
         if isinstance(names, bytes):
             names = struct.unpack(f">{len(names) // 8}Q", names)
+        else:
+            names = [_heard(name) for name in names]
         if kind == _GONE:
             for name in names:
                 self.held.pop(name, None)

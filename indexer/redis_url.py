@@ -27,7 +27,12 @@ def parse_url(text: str) -> RedisUrl:
 
     Raises `InvalidQuestion` for options that are not known.
     """
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise InvalidQuestion(f"index URL: {error}") from None
+    if parts.scheme not in SCHEMES:
+        raise InvalidQuestion(f"index URL scheme {parts.scheme!r}: expected one of {', '.join(SCHEMES)}")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     prefix = options.pop("prefix", "kvindex:")
     timeout = options.pop("timeout", str(_TIMEOUT_S))
@@ -41,7 +46,7 @@ def parse_url(text: str) -> RedisUrl:
     if not 0 < timeout_s < 3600:
         raise InvalidQuestion(f"index URL option timeout={timeout!r}: expected seconds above 0")
     if not parts.hostname and parts.scheme != "unix":
-        raise InvalidQuestion(f"index URL {text!r}: expected a host, as in {parts.scheme}://localhost:6379/0")
+        raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:6379/0")
     host = parts.netloc.rpartition("@")[2]
     shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
     url = urlunsplit((SCHEMES[parts.scheme], parts.netloc, parts.path, urlencode(options), ""))

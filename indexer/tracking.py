@@ -172,8 +172,9 @@ class TrackingIndex(ABC):
         before = time.monotonic() - self._limits.silent_tier_ttl_s
         for tracked in list(self._tracked.values()):
             with self._lock:
-                self._change(tracked, tracked.ledger.expire(before))
-                self._applied(tracked)
+                if self._tracked.get(tracked.source) is tracked:  # it may have been forgotten meanwhile
+                    self._change(tracked, tracked.ledger.expire(before))
+                    self._applied(tracked)
 
     def forget(self, pod: str) -> None:
         """Stop following a pod, see `Index.forget`."""

@@ -20,13 +20,13 @@ from scorer import PrefixScorer
 def run_serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Raises `UserError` when the port or an endpoint cannot be had."""
     log = structlog.get_logger("kvindex")
-    listener = _listen(config.http.host, config.http.port)
-    index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     follows = config.index.role != "scorer"
     if not follows and config.index.url.startswith("memory:"):
         raise UserError(
             f"index.role scorer: {config.index.url} is in this process alone; name a shared one, redis://..."
         )
+    listener = _listen(config.http.host, config.http.port)
+    index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     pool = EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies)
     with contextlib.ExitStack() as running:
         if follows:

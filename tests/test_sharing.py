@@ -1,0 +1,180 @@
+"""Several builders and scorers on one Redis."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from indexer import IndexUnavailable, InvalidQuestion, Leases, Prompt, RedisIndex, Source
+from kvindex.errors import UserError
+from kvindex.serve import run_serve
+
+from .conftest import MODEL, NEEDS_REDIS, removed, stored
+from .redis_server import RedisServer
+from .test_cli import _free_port
+
+pytestmark = NEEDS_REDIS
+PODS = [f"pod-{number}" for number in range(7)]
+
+
+def until(true, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not (answer := true()):
+        assert time.monotonic() < deadline, "it never came true"
+        os.sched_yield()
+    return answer
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = RedisServer(tmp_path)
+    yield server
+    server.kill()
+
+
+def held(index, tokens):
+    return {holding.source.pod: holding.tokens for holding in index.match(Prompt(tokens, MODEL), holders_only=True)}
+
+
+def test_builders_divide_the_pods_evenly_and_completely(server):
+    builders = [Leases(server.url, ttl_s=30) for _ in range(3)]
+    shares: list[list[str]] = [[], [], []]
+    for _ in range(4):
+        shares = [builder.share(PODS) for builder in builders]
+    assert sorted(pod for share in shares for pod in share) == PODS
+    assert sorted(map(len, shares)) == [1, 3, 3]
+    builders[0].quit(PODS)
+    shares = [builder.share(PODS) for builder in builders[1:] for _ in range(2)]
+    assert sorted({pod for share in shares for pod in share}) == PODS
+    for builder in builders:
+        builder.close()
+
+
+def test_a_builder_that_is_not_heard_of_loses_its_share(server):
+    gone, other = Leases(server.url, ttl_s=0.05), Leases(server.url, ttl_s=30)
+    assert gone.share(PODS) == PODS
+    assert until(lambda: len(share := other.share(PODS)) == 7 and share) == PODS
+    assert gone.share(PODS) == []
+
+
+def test_leases_need_a_redis_that_answers(server):
+    leases = Leases(server.url)
+    server.kill()
+    with pytest.raises(IndexUnavailable):
+        leases.share(PODS)
+    with pytest.raises(InvalidQuestion, match="host"):
+        Leases("redis://")
+
+
+def test_what_a_builder_says_of_a_source_that_another_took_over_is_refused(server):
+    slow, heir = RedisIndex(server.url), RedisIndex(server.url)
+    source = Source("a")
+    slow.register(source, model=MODEL)
+    slow.apply(source, [stored([1, 2], range(8))])
+    heir.register(source, model=MODEL)
+    heir.apply(source, [removed(2)])
+    slow.apply(source, [stored([3], range(8, 12), parent=2), removed(1)])
+    slow.apply(source, [stored([4], range(12, 16), parent=3)])
+    slow.restart(source)
+    slow.degrade(source, "gap")
+    slow.expire()
+    slow.forget("a")
+    assert held(heir, range(16)) == held(slow, range(16)) == {"a": 4}
+    assert [status.degraded for status in heir.sources()] == [""]
+    heir.apply(source, [stored([5], range(4, 8), parent=1)])
+    assert held(slow, range(8)) == {"a": 8}
+    while heir.sweep():
+        pass
+    heir.forget("a")
+    while heir.sweep():
+        pass
+    assert held(heir, range(8)) == {}
+    assert not server.client.keys("kvindex:b*")
+
+
+def test_a_released_pod_is_gone_on_with_by_another_builder(server):
+    one, other = RedisIndex(server.url), RedisIndex(server.url)
+    for rank in (0, 1):
+        one.register(Source("a", rank), model=MODEL)
+        one.apply_all(Source("a", rank), [[stored([1, 2], range(8))], [stored([2], range(4, 8), parent=1)]], last_seq=7)
+    one.release("a")
+    assert one.stats()["sources"] == 0
+    assert held(one, range(8)) == {"a": 8}
+    for rank in (0, 1):
+        other.register(Source("a", rank), model=MODEL)
+    assert [status.last_seq for status in other.sources()] == [7, 7]
+    other.apply(Source("a"), [removed(2)])
+    assert held(one, range(8)) == {"a": 8}  # there was another copy
+    other.apply(Source("a"), [removed(2)])
+    other.apply(Source("a", 1), [removed(2), removed(2)])
+    assert held(one, range(8)) == {"a": 4}
+
+
+def test_a_scorer_needs_an_index_that_is_shared():
+    from kvindex.config import Config, HttpConfig, IndexConfig
+
+    with pytest.raises(UserError, match=r"index\.role"):
+        run_serve(Config(index=IndexConfig(role="scorer"), http=HttpConfig(port=0)))
+
+
+@contextlib.contextmanager
+def running(*arguments, **environ):
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("KVINDEX_")}
+    command = [sys.executable, "-m", "kvindex", *arguments]
+    with subprocess.Popen(
+        command, env=plain | environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def answer(port, path="/v1/pods", **more):
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.request("POST" if more else "GET", f"http://127.0.0.1:{port}{path}", json=more or None, timeout=5)
+    return None
+
+
+def pods_at(port):
+    said = answer(port)
+    return said.json().get("pods", []) if said is not None and said.status_code == 200 else []
+
+
+def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_throughout(server):
+    fleet = ["fleet", "--pods", "4", "--base-port", "0", "--json", "--rate", "50", "--num-blocks", "600"]
+    with contextlib.ExitStack() as stack:
+        pods = stack.enter_context(running(*fleet))
+        shared = {"KVINDEX_INDEX_URL": server.url}
+        listed = pods.stdout.readline()
+        builders = [
+            stack.enter_context(
+                running("serve", "--role", "builder", "--port", str(_free_port()), KVINDEX_PODS=listed, **shared)
+            )
+            for _ in range(2)
+        ]
+        ports = [_free_port(), _free_port()]
+        scorers = [stack.enter_context(running("serve", "--role", "scorer", "--port", str(p), **shared)) for p in ports]
+
+        def owners():
+            return {value.split()[0] for value in server.client.hgetall("kvindex:{leases}pods").values()}
+
+        until(lambda: len(owners()) == 2 and len(pods_at(ports[0])) == 4)
+        first = {pod["pod"]: pod["last_seq"] for pod in pods_at(ports[1])}
+        builders[0].kill()
+        until(lambda: len(owners()) == 1)
+        until(lambda: all(pod["last_seq"] > first[pod["pod"]] + 3 for pod in pods_at(ports[1])))
+        for port in ports:
+            said = answer(port, "/v1/score", model=json.loads(listed)[0]["model"], token_ids=list(range(64)))
+            assert said.status_code == 200
+        assert [process.poll() for process in [builders[1], *scorers, pods]] == [None] * 4
+        server.freeze()
+        said = until(lambda: answer(ports[0]))
+        server.thaw()
+        assert (said.status_code, said.json()["title"]) == (503, "Index unavailable")
+        until(lambda: len(pods_at(ports[0])) == 4)
