@@ -23,7 +23,7 @@ Question: TypeAlias = Generator[list[Command], list[Any], T]
 CHUNKS = Chunks(first=32, growth=16, largest=4096)
 """Many prompts leave what is cached early; those that do not are read in few rounds."""
 
-_TRIES = 16
+_TRIES = 200
 
 
 class _View(NamedTuple):

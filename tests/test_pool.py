@@ -116,10 +116,10 @@ def test_a_panic_costs_one_source_its_trust_and_nothing_else(index, pool, monkey
     class Panic(BaseException):
         """As the core's, which is no `Exception`."""
 
-    def panic(self, source, batches):
+    def panic(self, source, batches, **more):
         if len(batches[0]) == 2:
             raise Panic
-        return apply_all(self, source, batches)
+        return apply_all(self, source, batches, **more)
 
     apply_all = type(index).apply_all
     monkeypatch.setattr(type(index), "apply_all", panic)
