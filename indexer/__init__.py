@@ -1,5 +1,6 @@
 """Which source holds which blocks of the KV cache: sources, block keys, ledgers and the index."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from indexer._impl import Prompt, block_keys, implementation
@@ -11,8 +12,9 @@ from indexer.memory import MemoryIndex
 from indexer.opening import open_index
 
 if TYPE_CHECKING:
-    from indexer.redis_index import AsyncRedisReader, RedisIndex
+    from indexer.redis_index import RedisIndex
     from indexer.redis_leases import Leases
+    from indexer.redis_reader import AsyncRedisReader
 
 __all__ = [
     "AllBlocksCleared",
@@ -47,14 +49,11 @@ __all__ = [
 ]
 
 
+_LAZY = {"AsyncRedisReader": "redis_reader", "Leases": "redis_leases", "RedisIndex": "redis_index"}
+
+
 def __getattr__(name: str) -> object:
     """Load what needs the Redis client when it is asked for: that takes longer than all the rest."""
-    if name in ("AsyncRedisReader", "RedisIndex"):
-        from indexer import redis_index
-
-        return getattr(redis_index, name)
-    if name == "Leases":
-        from indexer.redis_leases import Leases
-
-        return Leases
+    if name in _LAZY:
+        return getattr(import_module(f"indexer.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,6 @@ from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
 from indexer.redis_layout import (
-    ADVANCE,
     APPEND,
     HOLD,
     LEAVE,
@@ -29,7 +28,6 @@ from indexer.redis_layout import (
     PUBLISH,
     RELEASE,
     REPLACE,
-    SWEPT,
     TAKE_SLOT,
     Layout,
     Replayed,
@@ -41,8 +39,9 @@ from indexer.redis_layout import (
     log_blocks,
     log_copies,
 )
-from indexer.redis_reader import Questions, ask, pairs_of
-from indexer.redis_store import AsyncRedisStore, Command, RedisStore
+from indexer.redis_reader import Questions, ask
+from indexer.redis_store import Command, RedisStore
+from indexer.redis_sweep import Sweeper
 from indexer.redis_url import parse_url
 from indexer.tracking import Tracked, TrackingIndex
 
@@ -55,11 +54,6 @@ _ENTRY = 4096
 _PORTION = 256 * 1024
 """Bytes, about, that are written in one round trip: each has the time that an answer may take."""
 
-_NEVER = -1
-"""How far a slot is swept whose log cannot be read: nobody knows its blocks, so its number stays out of use."""
-
-_SWEEP_BYTES = 64 * 1024
-_SWEEP_LOCK_MS = 10_000
 _LOG_SLACK = 1024
 """A log is written anew when it has twice the entries that its slot has blocks, and so many more."""
 
@@ -67,10 +61,6 @@ _COUNT_S = 86_400
 """How long a builder's count of writes outlives it."""
 
 _BACKOFF_S = 0.05, 2.0
-
-_ORPHAN_S = 600.0
-"""How long a slot number may be in nobody's record; between taking and publishing one lies a round trip or two."""
-
 
 _Outlook: TypeAlias = tuple[str, bool, list[bool]]
 
@@ -111,6 +101,7 @@ class RedisIndex(TrackingIndex):
         self._buffer_bytes = buffer_bytes
         self._builder = os.urandom(8).hex().encode()
         self._writes = 0
+        self._sweeper = Sweeper(self._store, self._layout, self._builder)
         self._mirrors: dict[Slot, _Mirror] = {}
         self._due: list[tuple[Tracked, Command]] = []
         self._due_bytes = 0
@@ -129,8 +120,6 @@ class RedisIndex(TrackingIndex):
         """Sources that were forgotten and are still in Redis."""
         self._fresh: list[_Mirror] = []
         """Mirrors whose numbers are in no record yet."""
-        self._orphans: dict[tuple[bytes, int], float] = {}
-        """Slot numbers that no source has, and since when."""
         self._retry_at = 0.0
         self._backoff = _BACKOFF_S[0]
         self._counters.update(dict.fromkeys(("write_failures_total", "rewritten_total", "swept_total"), 0))
@@ -314,6 +303,7 @@ class RedisIndex(TrackingIndex):
                 for known in (self._stale, self._unpublished, self._shown):
                     known.pop(source, None)
                 self._lost.discard(source)
+                self._unclaimed.discard(source)
 
     # ---- writing
 
@@ -478,9 +468,9 @@ class RedisIndex(TrackingIndex):
         tag, field = self._layout.tag(tracked.model), _field(tracked.source)
         directory = self._layout.directory(tag)
         owner = self._layout.owner(tag, field)
-        before, _, now = self._store.run(
-            [("HGET", directory, field), ("SET", owner, self._builder, "NX"), ("GET", owner)]
-        )
+        claim: Command = ("SET", owner, self._builder, *(() if tracked.source in self._unclaimed else ("NX",)))
+        before, _, now = self._store.run([("HGET", directory, field), claim, ("GET", owner)])
+        self._unclaimed.discard(tracked.source)
         self._stale.pop(tracked.source, None)
         if now != self._builder:
             self._lost.add(tracked.source)
@@ -583,116 +573,12 @@ class RedisIndex(TrackingIndex):
             mirror.logged = len(replayed.mentioned)
             ledger.slots[known.medium, known.group, known.block_size] = slot
 
-    # ---- sweeping
-
     def sweep(self, budget: int = 16) -> int:
-        """Take the blocks of slots that nobody sees any more out of Redis; give the number of portions done.
-
-        A portion is 64 KiB of a ledger's log, some thousand blocks. One builder sweeps a model at a time; who comes
-        after one that was killed goes on where it was. Raises `IndexUnavailable`.
-        """
-        done = 0
-        (listed,) = self._store.run([("HGETALL", self._layout.models)])
-        for tag in pairs_of(listed):
-            self._find_orphans(tag)
-            (retired,) = self._store.run([("HGETALL", self._layout.retired(tag))])
-            for number, cursor in pairs_of(retired).items():
-                if done >= budget or not self._may_sweep(tag):
-                    return done
-                place: int | None = int(cursor)
-                while place is not None and place != _NEVER and done < budget:
-                    place = self._sweep_some(tag, int(number), place)
-                    done += 1
-        return done
-
-    def _may_sweep(self, tag: bytes) -> bool:
-        lock = self._layout.sweeper(tag)
-        taken, owner = self._store.run(
-            [
-                ("SET", lock, self._builder, "NX", "PX", _SWEEP_LOCK_MS),
-                ("GET", lock),
-            ]
-        )
-        return bool(taken) or owner == self._builder
-
-    def _sweep_some(self, tag: bytes, number: int, cursor: int) -> int | None:
-        """Sweep one portion; give the place where the next begins, None when there is none."""
-        log, retired = self._layout.log(tag, number), self._layout.retired(tag)
-        size = _SWEEP_BYTES
-        while True:
-            (portion,) = self._store.run([("GETRANGE", log, cursor, cursor + size - 1)])
-            replayed = Replayed()
-            replayed.feed(portion)
-            if replayed.read or replayed.broken or len(portion) < size:
-                break
-            size *= 4  # an entry that is longer than a portion
-        sweeper, numbers = self._layout.sweeper(tag), self._layout.numbers(tag)
-        if not portion:
-            (swept,) = self._store.run([("EVAL", SWEPT, 4, sweeper, retired, log, numbers, self._builder, number)])
+        """Take blocks that nobody sees any more out of Redis, see `Sweeper.sweep`. Raises `IndexUnavailable`."""
+        done, swept = self._sweeper.sweep(budget)
+        with self._lock:
             self._counters["swept_total"] += swept
-            return None
-        if not replayed.read:
-            self._log.warning("redis_log_unreadable", key=log.decode(errors="replace"))
-            self._store.run([("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, _NEVER)])
-            return None
-        commands: list[Command] = []
-        for at in range(0, len(replayed.mentioned), _AT_ONCE):
-            names = self._layout.blocks(replayed.mentioned[at : at + _AT_ONCE])
-            commands.append(("EVAL", RELEASE, len(names) + 1, sweeper, *names, self._builder, bit_of(number)))
-        place = cursor + replayed.read
-        commands.append(("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, place))
-        # where it took us so long that somebody else sweeps now, that is theirs to go on with
-        return None if 0 in self._store.run(commands) else place
-
-    def _find_orphans(self, tag: bytes) -> None:
-        """Retire numbers that were given out to a builder that was killed before it said what for."""
-        used, directory, retired = self._store.run(
-            [
-                ("GET", self._layout.numbers(tag)),
-                ("HGETALL", self._layout.directory(tag)),
-                ("HGETALL", self._layout.retired(tag)),
-            ]
-        )
-        known = {slot.number for record in decode_records(pairs_of(directory)) for slot in record.slots}
-        known |= {int(number) for number in pairs_of(retired)}
-        bits = used or b""
-        lost = {number for number in range(8 * len(bits)) if bits[number // 8] >> (7 - number % 8) & 1} - known
-        now = time.monotonic()
-        self._orphans = {key: since for key, since in self._orphans.items() if key[0] != tag or key[1] in lost}
-        for number in lost:
-            if now - self._orphans.setdefault((tag, number), now) > _ORPHAN_S:
-                self._store.run([("HSETNX", self._layout.retired(tag), number, 0)])
-
-
-class AsyncRedisReader:
-    """Questions to an index in Redis from an event loop; it follows no sources. `url` as for `RedisIndex`."""
-
-    def __init__(self, url: str, limits: Limits | None = None) -> None:
-        parsed = parse_url(url)
-        self._store = AsyncRedisStore(parsed)
-        self._questions = Questions(Layout(parsed.prefix), (limits or Limits()).block_sizes)
-
-    async def match(
-        self,
-        prompt: Prompt,
-        *,
-        pods: Collection[str] | None = None,
-        block_size: int | None = None,
-        holders_only: bool = False,
-    ) -> list[Holding]:
-        """Do what `Index.match` does. Raises `IndexUnavailable`."""
-        question = self._questions.match(prompt, pods=pods, block_size=block_size, holders_only=holders_only)
-        try:
-            commands = next(question)
-            while True:
-                commands = question.send(await self._store.run(commands))
-        except StopIteration as done:
-            found: list[Holding] = done.value
-            return found
-
-    async def close(self) -> None:
-        """Give all connections back. May be called twice."""
-        await self._store.close()
+        return done
 
 
 def _step() -> int:

@@ -8,14 +8,15 @@ step: as long as the version is the one that is known, the bits mean what the re
 from collections.abc import Callable, Collection, Generator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from indexer.base import Holding, SourceStatus
+from indexer.base import Holding, Limits, SourceStatus
 from indexer.errors import IndexUnavailable
 from indexer.groups import GroupSpec
 from indexer.ledger import Slot
 from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
 from indexer.prompt import Prompt
 from indexer.redis_layout import Layout, SourceRecord, decode_records, holders_of
-from indexer.redis_store import Command
+from indexer.redis_store import AsyncRedisStore, Command
+from indexer.redis_url import parse_url
 
 T = TypeVar("T")
 Question: TypeAlias = Generator[list[Command], list[Any], T]
@@ -123,6 +124,37 @@ class Questions:
         ]
         found.sort(key=lambda status: status.source)
         return found
+
+
+class AsyncRedisReader:
+    """Questions to an index in Redis from an event loop; it follows no sources. `url` as for `RedisIndex`."""
+
+    def __init__(self, url: str, limits: Limits | None = None) -> None:
+        parsed = parse_url(url)
+        self._store = AsyncRedisStore(parsed)
+        self._questions = Questions(Layout(parsed.prefix), (limits or Limits()).block_sizes)
+
+    async def match(
+        self,
+        prompt: Prompt,
+        *,
+        pods: Collection[str] | None = None,
+        block_size: int | None = None,
+        holders_only: bool = False,
+    ) -> list[Holding]:
+        """Do what `Index.match` does. Raises `IndexUnavailable`."""
+        question = self._questions.match(prompt, pods=pods, block_size=block_size, holders_only=holders_only)
+        try:
+            commands = next(question)
+            while True:
+                commands = question.send(await self._store.run(commands))
+        except StopIteration as done:
+            found: list[Holding] = done.value
+            return found
+
+    async def close(self) -> None:
+        """Give all connections back. May be called twice."""
+        await self._store.close()
 
 
 def ask(question: Question[T], run: Callable[[list[Command]], list[Any]]) -> T:
