@@ -539,9 +539,7 @@ class RedisIndex(TrackingIndex):
             if not records:
                 return
             (record,) = records
-            logs = self._store.run(
-                [("GET", self._layout.log(tag, slot.number)) for slot in record.slots] or [("PING",)]
-            )
+            logs = self._store.run([("GET", self._layout.log(tag, slot.number)) for slot in record.slots])
         except IndexUnavailable as error:
             self._failed(error)
             self._stale[tracked.source] = tracked  # what is there is replaced when Redis answers

@@ -406,6 +406,31 @@ def test_whether_blocks_age_outlives_the_builder(url):
     assert index.sources()[0].tiers == {"disk": 1, "cpu": 0}
 
 
+def test_what_is_known_of_a_source_without_blocks_outlives_its_builder(url):
+    index, memory = RedisIndex(url), MemoryIndex()
+    for one in (index, memory):
+        one.register(POD, model=MODEL)
+        one.apply(POD, [stored([1], range(4), group_idx=1, kind="sliding_window", sliding_window=5)])
+        one.apply(POD, [AllBlocksCleared()])
+        one.degrade(POD, "gap")
+    index = begun(url, [POD])
+    assert index.stats()["rewritten_total"] == 0
+    assert same_sources(index, memory)
+    for one in (index, memory):
+        one.apply(POD, [stored([2, 3], range(8), group_idx=0)])
+    assert index.match(Prompt(range(8), MODEL)) == memory.match(Prompt(range(8), MODEL))
+
+
+def test_copies_of_a_block_that_aged_out_do_not_outlive_it(url):
+    index = begun(url, [POD], limits=Limits(silent_tier_ttl_s=0.0))
+    index.apply(POD, [stored([1], range(4), medium="cpu")] * 2)
+    index.expire()
+    index.apply(POD, [stored([1], range(4), medium="cpu")])
+    index = begun(url, [POD])
+    index.apply(POD, [removed(1, medium="cpu")])
+    assert tokens_of(index, range(4)) == {POD.pod: 0}
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -657,6 +682,22 @@ def test_what_waits_for_a_server_is_bounded(server):
     server.thaw()
     fleet.settle()
     assert builder.stats()["rewritten_total"] >= len(FLEET)
+
+
+def test_a_source_whose_writes_were_dropped_is_written_anew(server):
+    index, memory = RedisIndex(server.url + "?timeout=0.1", buffer_bytes=5000), MemoryIndex()
+    for one in (index, memory):
+        one.register(POD, model=MODEL)
+        one.apply(POD, [stored([1], range(4))])
+    server.freeze()
+    for number in range(100):  # all in a slot that Redis knows
+        for one in (index, memory):
+            one.apply(POD, [stored([number + 2], [number] * 4)])
+    assert index.stats()["write_waiting_bytes"] == 0
+    server.thaw()
+    until(lambda: nothing_waits(index), index)
+    assert index.stats()["rewritten_total"] == 1
+    until(lambda: same_content(index, memory), index)
 
 
 def test_much_that_waited_is_written_within_the_time_for_an_answer(server):
