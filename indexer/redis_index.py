@@ -22,6 +22,7 @@ from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
 from indexer.redis_layout import (
     APPEND,
+    AT_ONCE,
     HOLD,
     LEAVE,
     MAX_SLOTS,
@@ -44,9 +45,6 @@ from indexer.redis_store import Command, RedisStore
 from indexer.redis_sweep import Sweeper
 from indexer.redis_url import parse_url
 from indexer.tracking import Tracked, TrackingIndex
-
-_AT_ONCE = 512
-"""Blocks that one script call changes: Redis does nothing else meanwhile, for about a quarter of a millisecond."""
 
 _ENTRY = 4096
 """Blocks in one entry of a log that is written anew."""
@@ -217,8 +215,8 @@ class RedisIndex(TrackingIndex):
             # a log may say too much, never too little: from it the bits are taken back
             if held:
                 self._add(tracked, APPEND, [log], entry)
-            for at in range(0, len(first), _AT_ONCE):
-                blocks = self._layout.blocks(first[at : at + _AT_ONCE])
+            for at in range(0, len(first), AT_ONCE):
+                blocks = self._layout.blocks(first[at : at + AT_ONCE])
                 self._add(tracked, HOLD if held else RELEASE, blocks, bit_of(mirror.number))
             if not held:
                 self._add(tracked, APPEND, [log], entry)
@@ -260,7 +258,7 @@ class RedisIndex(TrackingIndex):
         return int(number)
 
     def _layout_changed(self, tracked: Tracked) -> None:
-        if self._tracked.get(tracked.source, tracked) is not tracked or tracked.source not in self._tracked:
+        if self._tracked.get(tracked.source) is not tracked:
             self._gone[tracked.source] = tracked
             if self._stale.get(tracked.source) is tracked:
                 del self._stale[tracked.source]
@@ -508,8 +506,8 @@ class RedisIndex(TrackingIndex):
         log = self._layout.log(self._layout.tag(tracked.model), number)
         commands = [self._guarded(tracked, REPLACE, [log], _log_of(slot))]
         keys = list(mirror.keys)
-        for at in range(0, len(keys), _AT_ONCE):
-            blocks = self._layout.blocks(keys[at : at + _AT_ONCE])
+        for at in range(0, len(keys), AT_ONCE):
+            blocks = self._layout.blocks(keys[at : at + AT_ONCE])
             commands.append(self._guarded(tracked, HOLD, blocks, bit_of(number)))
         for at in range(0, len(commands), 64):
             self._run_guarded(tracked, commands[at : at + 64])

@@ -4,12 +4,9 @@ import time
 
 import structlog
 
-from indexer.redis_layout import ADVANCE, RELEASE, SWEPT, Layout, Replayed, bit_of, decode_records
+from indexer.redis_layout import ADVANCE, AT_ONCE, RELEASE, SWEPT, Layout, Replayed, bit_of, decode_records
 from indexer.redis_reader import pairs_of
 from indexer.redis_store import Command, RedisStore
-
-_AT_ONCE = 512
-"""Blocks that one script call changes."""
 
 _NEVER = -1
 """How far a slot is swept whose log cannot be read: nobody knows its blocks, so its number stays out of use."""
@@ -82,8 +79,8 @@ class Sweeper:
             self._store.run([("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, _NEVER)])
             return None
         commands: list[Command] = []
-        for at in range(0, len(replayed.mentioned), _AT_ONCE):
-            names = self._layout.blocks(replayed.mentioned[at : at + _AT_ONCE])
+        for at in range(0, len(replayed.mentioned), AT_ONCE):
+            names = self._layout.blocks(replayed.mentioned[at : at + AT_ONCE])
             commands.append(("EVAL", RELEASE, len(names) + 1, sweeper, *names, self._builder, bit_of(number)))
         place = cursor + replayed.read
         commands.append(("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, place))
