@@ -6,11 +6,10 @@ goes on. What could not be written waits within bounds; where that is not enough
 source is written anew from its ledger. So a fault costs time, never truth.
 """
 
-import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import structlog
 
@@ -20,43 +19,42 @@ from indexer.groups import GroupSpec
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
-from indexer.redis_layout import (
+from indexer.redis_layout import MAX_SLOTS, Names, Part, bit_of, field_of
+from indexer.redis_log import Replayed, log_blocks, log_copies
+from indexer.redis_opening import layout_of, open_store
+from indexer.redis_reader import Questions, ask
+from indexer.redis_records import SlotRecord, SourceRecord, decode_records, encode_record
+from indexer.redis_scripts import (
     APPEND,
     AT_ONCE,
+    CLAIM,
     HOLD,
     LEAVE,
-    MAX_SLOTS,
     PUBLISH,
     RELEASE,
     REPLACE,
+    SWAP,
     TAKE_SLOT,
-    Layout,
-    Replayed,
-    SlotRecord,
-    SourceRecord,
-    bit_of,
-    decode_records,
-    encode_record,
-    log_blocks,
-    log_copies,
 )
-from indexer.redis_reader import Questions, ask
-from indexer.redis_store import Command, RedisStore
+from indexer.redis_store import Command
 from indexer.redis_sweep import Sweeper
 from indexer.redis_url import parse_url
+from indexer.redis_writer import Value, Write, Writer, Written
 from indexer.tracking import Tracked, TrackingIndex
+
+UNREADABLE = "lost: what was known of this source could not be read from Redis"
 
 _ENTRY = 4096
 """Blocks in one entry of a log that is written anew."""
 
-_PORTION = 256 * 1024
-"""Bytes, about, that are written in one round trip: each has the time that an answer may take."""
-
 _LOG_SLACK = 1024
 """A log is written anew when it has twice the entries that its slot has blocks, and so many more."""
 
-_COUNT_S = 86_400
-"""How long a builder's count of writes outlives it."""
+_NUMBERS_TRIED = 8
+"""Slot numbers of which something may be left somewhere before none is taken for now."""
+
+_AT_A_TIME = 64
+"""Script calls in one round trip, where a source is written anew."""
 
 _BACKOFF_S = 0.05, 2.0
 
@@ -79,11 +77,12 @@ class _Mirror:
 
 
 class RedisIndex(TrackingIndex):
-    """An `Index` in Redis or Valkey. All methods may be called from any thread.
+    """An `Index` in Redis or Valkey, one server or a cluster. All methods may be called from any thread.
 
-    `url` is ``redis://user:password@host:port/db``, ``rediss://``, ``valkey://``, ``valkeys://`` or ``unix://path``.
-    Its options are ``prefix`` of all keys (``kvindex:``) and ``timeout`` in seconds (1.0). Nothing else in the database
-    is touched. `buffer_bytes` bounds what waits while Redis does not answer.
+    `url` is ``redis://user:password@host:port/db``, ``rediss://``, ``valkey://``, ``valkeys://`` or ``unix://path``; or
+    ``redis+cluster://user:password@host:port,host:port`` and so on, with some nodes of a cluster. Its options are
+    ``prefix`` of all keys (``kvindex:``) and ``timeout`` in seconds (1.0). Nothing else in the database is touched.
+    `buffer_bytes` bounds what waits while Redis does not answer.
 
     Questions raise `IndexUnavailable` when Redis does not answer. Events never do: what they say is written when it
     does again, at the latest with the next call of `expire`.
@@ -92,17 +91,14 @@ class RedisIndex(TrackingIndex):
     def __init__(self, url: str, limits: Limits | None = None, *, buffer_bytes: int = 64 * 1024 * 1024) -> None:
         super().__init__(limits)
         parsed = parse_url(url)
-        self._store = RedisStore(parsed)
-        self._layout = Layout(parsed.prefix)
+        self._store = open_store(parsed)
+        self._layout = layout_of(parsed)
         self._questions = Questions(self._layout, self._limits.block_sizes)
         self._log = structlog.get_logger("indexer")
         self._buffer_bytes = buffer_bytes
-        self._builder = os.urandom(8).hex().encode()
-        self._writes = 0
-        self._sweeper = Sweeper(self._store, self._layout, self._builder)
+        self._writer = Writer(self._store)
+        self._sweeper = Sweeper(self._store, self._layout, self._writer.builder)
         self._mirrors: dict[Slot, _Mirror] = {}
-        self._due: list[tuple[Tracked, Command]] = []
-        self._due_bytes = 0
         self._unpublished: dict[Source, Tracked] = {}
         """Sources whose record has to be written; with a new version where `_changed` has them too."""
         self._changed: set[Source] = set()
@@ -151,7 +147,7 @@ class RedisIndex(TrackingIndex):
         """Give the counters and gauges of this builder, see `Index.stats`."""
         with self._lock:
             waiting = {
-                "write_waiting_bytes": self._due_bytes,
+                "write_waiting_bytes": self._writer.due_bytes,
                 "stale_sources": len(self._stale),
                 "lost_sources": len(self._lost),
             }
@@ -200,39 +196,42 @@ class RedisIndex(TrackingIndex):
     def _change(self, tracked: Tracked, changes: list[Change]) -> None:
         if self._is_unwritten(tracked):
             return
-        tag = self._layout.tag(tracked.model)
-        for slot, names, keys, held in changes:
+        names = self._layout.of(tracked.model)
+        for slot, hashes, keys, held in changes:
             mirror = self._mirrors[slot]
-            log = self._layout.log(tag, mirror.number)
             self._unpublished[tracked.source] = tracked
             if not keys:
-                entries = b"".join(log_copies(name, slot.copies.get(name, 1)) for name in names)
-                self._add(tracked, APPEND, [log], entries)
+                for name in hashes:
+                    if name not in slot.held:  # it goes with a change that follows
+                        continue
+                    part = names.part_of(slot.held[name])
+                    self._append(tracked, part, mirror, log_copies(name, slot.copies.get(name, 1)))
                 continue
-            entry = log_blocks(names, keys, held=held)
-            mirror.logged += len(names)
-            first = [key for key in keys if _counted(mirror.keys, key, held=held)]
-            # a log may say too much, never too little: from it the bits are taken back
-            if held:
-                self._add(tracked, APPEND, [log], entry)
-            for at in range(0, len(first), AT_ONCE):
-                blocks = self._layout.blocks(first[at : at + AT_ONCE])
-                self._add(tracked, HOLD if held else RELEASE, blocks, bit_of(mirror.number))
-            if not held:
-                self._add(tracked, APPEND, [log], entry)
+            mirror.logged += len(hashes)
+            for part, places in names.divide(keys):
+                mine = [keys[place] for place in places]
+                entry = log_blocks([hashes[place] for place in places], mine, held=held)
+                first = [key for key in mine if _counted(mirror.keys, key, held=held)]
+                # a log may say too much, never too little: from it the bits are taken back
+                if held:
+                    self._append(tracked, part, mirror, entry)
+                for at in range(0, len(first), AT_ONCE):
+                    blocks = part.blocks(first[at : at + AT_ONCE])
+                    bit = bit_of(mirror.number)
+                    self._add(tracked, part, HOLD if held else RELEASE, part.guard(mirror.number), blocks, bit)
+                if not held:
+                    self._append(tracked, part, mirror, entry)
 
     def _is_unwritten(self, tracked: Tracked) -> bool:
         return tracked.source in self._stale or tracked.source in self._lost
 
-    def _add(self, tracked: Tracked, script: str, keys: Sequence[bytes], *values: Any) -> None:  # noqa: ANN401
-        command = self._guarded(tracked, script, keys, *values)
-        self._due.append((tracked, command))
-        self._due_bytes += _weight(command)
+    def _append(self, tracked: Tracked, part: Part, mirror: _Mirror, entry: bytes) -> None:
+        self._add(tracked, part, APPEND, part.guard(mirror.number), [part.log(mirror.number)], entry)
 
-    def _guarded(self, tracked: Tracked, script: str, keys: Sequence[bytes], *values: Any) -> Command:  # noqa: ANN401
-        """Make a command that does nothing once another builder follows the source."""
-        owner = self._layout.owner(self._layout.tag(tracked.model), _field(tracked.source))
-        return ("EVAL", script, len(keys) + 1, owner, *keys, self._builder, *values)
+    def _add(
+        self, tracked: Tracked, part: Part, script: str, guard: bytes, keys: Sequence[bytes], *values: Value
+    ) -> None:
+        self._writer.add(Write(tracked, part, script, guard, keys, values))
 
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
         number = -1
@@ -253,9 +252,19 @@ class RedisIndex(TrackingIndex):
         return True
 
     def _new_number(self, tracked: Tracked) -> int:
-        key = self._layout.numbers(self._layout.tag(tracked.model))
-        (number,) = self._store.run([("EVAL", TAKE_SLOT, 1, key, MAX_SLOTS)])
-        return int(number)
+        """Take the lowest slot number that is free everywhere; -1 where there is none. Raises `IndexUnavailable`."""
+        names, me = self._layout.of(tracked.model), self._writer.me
+        for _ in range(_NUMBERS_TRIED):
+            (number,) = self._store.run([("EVAL", TAKE_SLOT, 1, names.numbers, MAX_SLOTS)], again=False)
+            if number < 0:
+                return -1
+            claims: list[Command] = [
+                ("EVAL", CLAIM, 3, part.guard(number), part.dying, part.log(number), me, number) for part in names.parts
+            ]
+            if all(self._store.run(claims, again=False)):
+                return int(number)
+            # somewhere something is left of it, from before Redis lost that it was in use: the sweep will find it
+        raise IndexUnavailable(f"{self._store.shown}: what is left in {_NUMBERS_TRIED} slots has to be swept first")
 
     def _layout_changed(self, tracked: Tracked) -> None:
         if self._tracked.get(tracked.source) is not tracked:
@@ -276,8 +285,8 @@ class RedisIndex(TrackingIndex):
         for slot in () if self._is_unwritten(tracked) else tracked.ledger.slots.values():
             mirror = self._mirrors[slot]
             if mirror.logged > 2 * len(slot.held) + _LOG_SLACK:
-                tag = self._layout.tag(tracked.model)
-                self._add(tracked, REPLACE, [self._layout.log(tag, mirror.number)], _log_of(slot))
+                for write in self._logs(tracked, slot, mirror.number):
+                    self._writer.add(write)
                 mirror.logged = len(slot.held)
         self._flush()
 
@@ -311,10 +320,18 @@ class RedisIndex(TrackingIndex):
             self._keep_within_bounds()
             return
         try:
+            if self._writer.is_new_epoch:
+                self._begin_epoch()
             self._publish_due()
-            while self._due or (look and self._writes):
-                self._write()
+            while self._writer.is_due:
+                written = self._writer.write_due()
                 look = False
+                if not self._writer.is_due:
+                    self._note_published()
+                self._judge(written)
+            if look and self._writer.has_written:
+                self._note_models()
+                self._judge(self._writer.look())
             # later than what was due: in that may be what these sources were before
             for tracked in list(self._stale.values()):
                 self._rewrite(tracked)
@@ -324,39 +341,49 @@ class RedisIndex(TrackingIndex):
         except IndexUnavailable as error:
             self._failed(error)
 
-    def _write(self) -> None:
-        counter = self._layout.writes(self._builder)
-        count: list[Command] = [("GET", counter), ("SET", counter, self._writes + 1, "EX", _COUNT_S)]
-        portion, size = 0, 0
-        while portion < len(self._due) and size < _PORTION:
-            size += _weight(self._due[portion][1])
-            portion += 1
-        now, later = self._due[:portion], self._due[portion:]
-        before, _, *answers = self._store.run([*count, *(command for _, command in now)])
-        is_older = self._writes and int(before or 0) not in (self._writes, self._writes + 1)
-        refused = {tracked.source: tracked for (tracked, _), answer in zip(now, answers, strict=True) if not answer}
-        self._writes += 1
-        self._due, self._due_bytes = later, self._due_bytes - size
-        if not later:
-            self._note_published()
-        if is_older:
-            self._start_over()
-        elif refused:
-            self._look_who_follows(list(refused.values()))
+    def _begin_epoch(self) -> None:
+        """Take what is ours over to a new epoch: nothing that was written in the one before can arrive any more."""
+        guards: list[tuple[Tracked, Sequence[bytes]]] = []
+        for tracked in [*self._tracked.values(), *self._gone.values()]:
+            if self._is_unwritten(tracked):
+                continue
+            names = self._layout.of(tracked.model)
+            guards.append((tracked, [names.owner(tracked.source)]))
+            if self._tracked.get(tracked.source) is tracked:
+                numbers = [self._mirrors[slot].number for slot in tracked.ledger.slots.values()]
+                if numbers:
+                    guards += [(tracked, [part.guard(number) for number in numbers]) for part in names.parts]
+        self._look_who_follows(self._writer.renew(guards))
 
-    def _look_who_follows(self, refused: list[Tracked]) -> None:
-        """Find out why Redis refused what we said of some sources: others follow them now, or it began empty."""
-        owners = self._store.run(
-            [
-                ("GET", self._layout.owner(self._layout.tag(tracked.model), _field(tracked.source)))
-                for tracked in refused
-            ]
+    def _judge(self, written: Written) -> None:
+        if written.lost:
+            self._start_over(written.lost)
+        self._look_who_follows(
+            list({write.tracked.source: write.tracked for write in written.refused if self._is_current(write)}.values())
         )
+
+    def _is_current(self, write: Write) -> bool:
+        """Whether a write is about what its source has now: slots that it gave up may be swept already."""
+        if self._is_unwritten(write.tracked):
+            return False
+        names = self._layout.of(write.tracked.model)
+        numbers = [self._mirrors[slot].number for slot in write.tracked.ledger.slots.values() if slot in self._mirrors]
+        guards = [write.part.guard(number) for number in numbers]
+        return write.guard in (names.owner(write.tracked.source), *guards)
+
+    def _look_who_follows(self, refused: Sequence[Tracked]) -> None:
+        """Find out why Redis refused what we said of some sources: others follow them now, or it lost something."""
+        if not refused:
+            return
+        owners = self._store.run([("GET", self._layout.of(tracked.model).owner(tracked.source)) for tracked in refused])
         for tracked, owner in zip(refused, owners, strict=True):
+            if self._tracked.get(tracked.source) is not tracked:
+                continue
             if owner is None:
-                self._start_over()
-                return
-            if owner != self._builder and self._tracked.get(tracked.source) is tracked:
+                self._start_over({self._layout.of(tracked.model).tag})
+            elif self._writer.is_mine(owner):
+                self._stale[tracked.source] = tracked
+            else:
                 self._log.warning("source_taken_over", pod=tracked.source.pod, rank=tracked.source.rank)
                 self._lost.add(tracked.source)
 
@@ -365,27 +392,27 @@ class RedisIndex(TrackingIndex):
             mirror.published = True
         self._fresh.clear()
 
-    def _start_over(self) -> None:
-        """Redis is not what it was when we wrote last: it began empty, or an older copy took over."""
-        self._log.warning("redis_lost_writes", index=self._store.shown)
-        self._writes = 0
-        self._due, self._due_bytes = [], 0
-        self._make_all_stale()
-        for tracked in list(self._stale.values()):
-            self._rewrite(tracked)
+    def _start_over(self, tags: set[bytes]) -> None:
+        """Redis is not what it was when we wrote some models last: it began empty, or an older copy took over."""
+        self._log.warning("redis_lost_writes", index=self._store.shown, models=len(tags))
+        self._writer.drop(tags)
+        self._make_stale(tags)
 
-    def _make_all_stale(self) -> None:
-        self._stale = {source: tracked for source, tracked in self._tracked.items() if source not in self._lost}
+    def _make_stale(self, tags: set[bytes] | None = None) -> None:
+        for source, tracked in self._tracked.items():
+            if source not in self._lost and (tags is None or self._layout.of(tracked.model).tag in tags):
+                self._stale[source] = tracked
 
     def _leave(self, tracked: Tracked) -> None:
         """Take a forgotten source out of Redis: from one step to the next nobody sees its blocks."""
         if tracked.source not in self._tracked:
-            tag, field = self._layout.tag(tracked.model), _field(tracked.source)
-            (value,) = self._store.run([("HGET", self._layout.directory(tag), field)])
-            records = decode_records({field: value} if value else {})
-            numbers = [slot.number for record in records for slot in record.slots]
-            keys = [self._layout.directory(tag), self._layout.version(tag), self._layout.retired(tag)]
-            self._store.run([self._guarded(tracked, LEAVE, keys, field, _step(), *numbers)])
+            names = self._layout.of(tracked.model)
+            retired = self._retired(names, self._recorded(names, tracked.source))
+            keys, values = self._retirement(names, retired)
+            field = field_of(tracked.source)
+            owner = names.owner(tracked.source)
+            write = Write(tracked, names.home, LEAVE, owner, keys, (field, b"", _step(), *values))
+            self._judge(self._writer.write([write]))  # refused: it is another's by now, or gone already
             self._questions.forget(tracked.model)
             self._shown.pop(tracked.source, None)
             self._lost.discard(tracked.source)
@@ -398,15 +425,16 @@ class RedisIndex(TrackingIndex):
             ):
                 self._stale[source] = tracked
         self._counters["write_failures_total"] += 1
-        self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._due_bytes)
+        self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._writer.due_bytes)
+        self._writer.fail()
         self._retry_at = time.monotonic() + self._backoff
         self._backoff = min(2 * self._backoff, _BACKOFF_S[1])
         self._keep_within_bounds()
 
     def _keep_within_bounds(self) -> None:
-        if self._due_bytes > self._buffer_bytes:
-            self._due, self._due_bytes = [], 0
-            self._make_all_stale()
+        if self._writer.due_bytes > self._buffer_bytes:
+            self._writer.drop()
+            self._make_stale()
 
     def _publish_due(self) -> None:
         """Put the records that changed behind what is due."""
@@ -418,7 +446,6 @@ class RedisIndex(TrackingIndex):
 
     def _publish(self, tracked: Tracked, gone: list[int]) -> None:
         """Put a source's record behind what is due, and slots that it no longer has."""
-        tag, field = self._layout.tag(tracked.model), _field(tracked.source)
         is_new = (
             tracked.source in self._changed
             or bool(gone)
@@ -426,10 +453,34 @@ class RedisIndex(TrackingIndex):
         )
         if is_new:
             self._questions.forget(tracked.model)
-        keys = [self._layout.directory(tag), self._layout.version(tag), self._layout.retired(tag)]
-        self._add(tracked, PUBLISH, keys, field, encode_record(self._record(tracked)), _step() if is_new else 0, *gone)
+        me = self._writer.me
+        self._writer.add(self._publication(tracked, dict.fromkeys(gone, me), _step() if is_new else 0))
         self._unpublished.pop(tracked.source, None)
         self._changed.discard(tracked.source)
+
+    def _publication(self, tracked: Tracked, gone: dict[int, bytes], step: int) -> Write:
+        """Make the write of a source's record, which retires slots, each whose it was."""
+        names = self._layout.of(tracked.model)
+        keys, values = self._retirement(names, gone)
+        record = encode_record(self._record(tracked))
+        owner = names.owner(tracked.source)
+        return Write(tracked, names.home, PUBLISH, owner, keys, (field_of(tracked.source), record, step, *values))
+
+    def _retirement(self, names: Names, gone: dict[int, bytes]) -> tuple[list[bytes], list[Value]]:
+        """Give the keys and the last values of a script that retires slots."""
+        keys = [names.directory, names.version, names.retired, *map(names.home.guard, gone)]
+        return keys, [secrets.token_hex(8), *(value for pair in gone.items() for value in pair)]
+
+    def _recorded(self, names: Names, source: Source) -> list[int]:
+        """Give the slot numbers that Redis has for a source."""
+        (value,) = self._store.run([("HGET", names.directory, field_of(source))])
+        records = decode_records({b"": value} if value else {})
+        return [slot.number for record in records for slot in record.slots]
+
+    def _retired(self, names: Names, numbers: Sequence[int]) -> dict[int, bytes]:
+        """Say whose slots are that are to be retired; those that are nobody's are swept already, or will be."""
+        owners = self._store.run([("GET", names.home.guard(number)) for number in numbers])
+        return {number: owner for number, owner in zip(numbers, owners, strict=True) if owner}
 
     def _record(self, tracked: Tracked) -> SourceRecord:
         ledger = tracked.ledger
@@ -463,38 +514,44 @@ class RedisIndex(TrackingIndex):
 
     def _rewrite(self, tracked: Tracked) -> None:
         """Write a source anew from its ledger, under new slot numbers; the old ones are swept."""
-        tag, field = self._layout.tag(tracked.model), _field(tracked.source)
-        directory = self._layout.directory(tag)
-        owner = self._layout.owner(tag, field)
-        claim: Command = ("SET", owner, self._builder, *(() if tracked.source in self._unclaimed else ("NX",)))
-        before, _, now = self._store.run([("HGET", directory, field), claim, ("GET", owner)])
-        self._unclaimed.discard(tracked.source)
-        self._stale.pop(tracked.source, None)
-        if now != self._builder:
+        names = self._layout.of(tracked.model)
+        self._stale[tracked.source] = tracked
+        if not self._claim(tracked, by_force=tracked.source in self._unclaimed):
+            self._stale.pop(tracked.source)
             self._lost.add(tracked.source)
             return
-        try:
-            old = [slot.number for record in decode_records({field: before} if before else {}) for slot in record.slots]
-            mine = [self._write_slot(tracked, slot) for slot in tracked.ledger.slots.values()]
-            keys = [directory, self._layout.version(tag), self._layout.retired(tag)]
-            gone = [number for number in old if number not in mine]
-            record = encode_record(self._record(tracked))
-            self._run_guarded(
-                tracked,
-                [
-                    ("HSET", self._layout.models, tag, tracked.model.encode()),
-                    self._guarded(tracked, PUBLISH, keys, field, record, _step(), *gone),
-                ],
-            )
-        except IndexUnavailable:
-            self._stale[tracked.source] = tracked
-            raise
+        old = self._retired(names, self._recorded(names, tracked.source))
+        for slot in tracked.ledger.slots.values():
+            self._write_slot(tracked, slot)
+        self._note_models()
+        self._write_now([self._publication(tracked, old, _step())])
+        self._stale.pop(tracked.source)
+        self._unclaimed.discard(tracked.source)
         self._questions.forget(tracked.model)
         self._unpublished.pop(tracked.source, None)
         self._counters["rewritten_total"] += 1
 
-    def _write_slot(self, tracked: Tracked, slot: Slot) -> int:
-        """Write the blocks of a slot under a new number, which is given."""
+    def _note_models(self) -> None:
+        """Say which models there are; in a cluster that may get lost while all else stays."""
+        models = {tracked.model for tracked in self._tracked.values()}
+        self._store.run([("HSET", self._layout.models, self._layout.of(model).tag, model.encode()) for model in models])
+
+    def _claim(self, tracked: Tracked, *, by_force: bool) -> bool:
+        """Make a source this builder's own; from then on what others still say of it is refused.
+
+        Says no where it is another's, unless that may be gone. Raises `IndexUnavailable`.
+        """
+        owner = self._layout.of(tracked.model).owner(tracked.source)
+        (before,) = self._store.run([("GET", owner)])
+        if before is not None and not by_force and not self._writer.is_mine(before):
+            return False
+        (done,) = self._store.run([("EVAL", SWAP, 1, owner, self._writer.me, before or b"")], again=False)
+        if not done:
+            raise IndexUnavailable(f"{self._store.shown}: two builders claim source {tracked.source} at once")
+        return True
+
+    def _write_slot(self, tracked: Tracked, slot: Slot) -> None:
+        """Write the blocks of a slot under a new number."""
         number = self._new_number(tracked)
         if number < 0:
             raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
@@ -503,50 +560,71 @@ class RedisIndex(TrackingIndex):
         for key in slot.held.values():
             mirror.keys[key] = mirror.keys.get(key, 0) + 1
         mirror.logged = len(slot.held)
-        log = self._layout.log(self._layout.tag(tracked.model), number)
-        commands = [self._guarded(tracked, REPLACE, [log], _log_of(slot))]
+        writes = self._logs(tracked, slot, number)
         keys = list(mirror.keys)
-        for at in range(0, len(keys), AT_ONCE):
-            blocks = self._layout.blocks(keys[at : at + AT_ONCE])
-            commands.append(self._guarded(tracked, HOLD, blocks, bit_of(number)))
-        for at in range(0, len(commands), 64):
-            self._run_guarded(tracked, commands[at : at + 64])
-        return number
+        for part, places in self._layout.of(tracked.model).divide(keys):
+            for at in range(0, len(places), AT_ONCE):
+                blocks = part.blocks([keys[place] for place in places[at : at + AT_ONCE]])
+                writes.append(Write(tracked, part, HOLD, part.guard(number), blocks, (bit_of(number),)))
+        self._write_now(writes)
 
-    def _run_guarded(self, tracked: Tracked, commands: Sequence[Command]) -> None:
-        answers = self._store.run(commands)
-        if any(not answer for command, answer in zip(commands, answers, strict=True) if command[0] == "EVAL"):
-            raise IndexUnavailable(f"{self._store.shown}: source {tracked.source} was taken over while it was written")
+    def _logs(self, tracked: Tracked, slot: Slot, number: int) -> list[Write]:
+        """Make the writes of a slot's whole ledger."""
+        hashes, keys = list(slot.held), list(slot.held.values())
+        names = self._layout.of(tracked.model)
+        divided = dict(names.divide(keys))
+        writes = []
+        for part in names.parts:
+            mine = divided.get(part, [])
+            entries = []
+            for at in range(0, len(mine), _ENTRY):
+                some = mine[at : at + _ENTRY]
+                entries.append(log_blocks([hashes[n] for n in some], [keys[n] for n in some], held=True))
+            entries += [
+                log_copies(name, copies)
+                for name, copies in slot.copies.items()
+                if names.part_of(slot.held[name]) is part
+            ]
+            writes.append(Write(tracked, part, REPLACE, part.guard(number), [part.log(number)], (b"".join(entries),)))
+        return writes
+
+    def _write_now(self, writes: Sequence[Write]) -> None:
+        """Write something at once, all of it. Raises `IndexUnavailable`."""
+        for at in range(0, len(writes), _AT_A_TIME):
+            written = self._writer.write(writes[at : at + _AT_A_TIME])
+            if written.lost:
+                self._start_over(written.lost)
+            if written.lost or written.refused:
+                source = writes[0].tracked.source
+                raise IndexUnavailable(f"{self._store.shown}: source {source} was taken over while it was written")
 
     # ---- going on after another builder
 
     def _resume(self, tracked: Tracked) -> None:
         """Take over what Redis has of a source: the builder that wrote it is gone."""
-        tag = self._layout.tag(tracked.model)
-        field = _field(tracked.source)
+        names = self._layout.of(tracked.model)
         try:
-            # from here on what the builder before may still say is refused
-            _, _, value = self._store.run(
+            self._claim(tracked, by_force=True)
+            _, value = self._store.run(
                 [
-                    ("SET", self._layout.owner(tag, field), self._builder),
-                    ("HSET", self._layout.models, tag, tracked.model.encode()),
-                    ("HGET", self._layout.directory(tag), field),
+                    ("HSET", self._layout.models, names.tag, tracked.model.encode()),
+                    ("HGET", names.directory, field_of(tracked.source)),
                 ]
             )
-            records = decode_records({field: value} if value else {})
+            records = decode_records({b"": value} if value else {})
             if not records:
                 return
             (record,) = records
-            logs = self._store.run([("GET", self._layout.log(tag, slot.number)) for slot in record.slots])
+            replays = [self._take_over(names, slot.number) for slot in record.slots]
         except IndexUnavailable as error:
             self._failed(error)
             self._stale[tracked.source] = tracked  # what is there is replaced when Redis answers
             self._unclaimed.add(tracked.source)
             return
-        replays = [_replayed(log) for log in logs]
         whole = [replayed for replayed in replays if replayed is not None]
         if len(whole) < len(replays):
             self._log.warning("redis_log_unreadable", pod=tracked.source.pod, rank=tracked.source.rank)
+            tracked.reason, tracked.since = UNREADABLE, time.time()
             self._stale[tracked.source] = tracked  # begins anew under other numbers
             return
         tracked.incarnation = record.incarnation
@@ -569,6 +647,21 @@ class RedisIndex(TrackingIndex):
             mirror.logged = len(replayed.mentioned)
             ledger.slots[known.medium, known.group, known.block_size] = slot
 
+    def _take_over(self, names: Names, number: int) -> Replayed | None:
+        """Make a slot this builder's own and read its ledger; None where not all of that is there."""
+        commands: list[Command] = []
+        for part in names.parts:
+            commands += [("SET", part.guard(number), self._writer.me, "XX"), ("GET", part.log(number))]
+        answers = self._store.run(commands, again=False)
+        whole = Replayed()
+        for guarded, log in zip(answers[::2], answers[1::2], strict=True):
+            replayed = Replayed()
+            replayed.feed(log or b"")
+            if not guarded or replayed.read < len(log or b""):
+                return None
+            whole.add(replayed)
+        return whole
+
     def sweep(self, budget: int = 16) -> int:
         """Take blocks that nobody sees any more out of Redis, see `Sweeper.sweep`. Raises `IndexUnavailable`."""
         done, swept = self._sweeper.sweep(budget)
@@ -587,22 +680,6 @@ def _outlook(tracked: Tracked, *, bare: bool) -> _Outlook:
     return tracked.degraded(), bare, [slot.seen is not None for slot in tracked.ledger.slots.values()]
 
 
-def _weight(command: Command) -> int:
-    """Give the bytes of a command, about."""
-    return 64 + 24 * len(command) + sum(len(part) for part in command[-2:] if isinstance(part, bytes))
-
-
-def _replayed(log: bytes | None) -> Replayed | None:
-    """Read a log; None where not all of it can be read."""
-    replayed = Replayed()
-    replayed.feed(log or b"")
-    return replayed if replayed.read == len(log or b"") else None
-
-
-def _field(source: Source) -> bytes:
-    return f"{source.rank} {source.pod}".encode()
-
-
 def _counted(counts: dict[BlockKey, int], key: BlockKey, *, held: bool) -> bool:
     """Count the names of a key; say whether it is the first that came, or the last that went."""
     names = counts.get(key, 0) + (1 if held else -1)
@@ -611,11 +688,3 @@ def _counted(counts: dict[BlockKey, int], key: BlockKey, *, held: bool) -> bool:
     else:
         counts.pop(key, None)
     return names == (1 if held else 0)
-
-
-def _log_of(slot: Slot) -> bytes:
-    names, keys = list(slot.held), list(slot.held.values())
-    entries = [
-        log_blocks(names[at : at + _ENTRY], keys[at : at + _ENTRY], held=True) for at in range(0, len(names), _ENTRY)
-    ]
-    return b"".join([*entries, *(log_copies(name, copies) for name, copies in slot.copies.items())])

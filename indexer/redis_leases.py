@@ -3,8 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from indexer.redis_layout import QUIT, SHARE, Layout
-from indexer.redis_store import RedisStore
+from indexer.redis_opening import layout_of, open_store
+from indexer.redis_scripts import QUIT, SHARE
 from indexer.redis_url import parse_url
 
 
@@ -19,8 +19,8 @@ class Leases:
 
     def __init__(self, url: str, *, ttl_s: float = 3.0) -> None:
         parsed = parse_url(url)
-        self._store = RedisStore(parsed)
-        self._layout = Layout(parsed.prefix)
+        self._store = open_store(parsed)
+        self._layout = layout_of(parsed)
         self._me = os.urandom(8).hex()
         self.ttl_s = ttl_s
 

@@ -1,21 +1,25 @@
 """Questions to an index in Redis, without I/O: each gives rounds of commands and is sent their answers.
 
 So the same questions are asked by threads and by an event loop. A reader keeps, for each model, what it read of the
-directory, and the version of it. Each round asks for the version and the blocks in one command, which Redis does in one
-step: as long as the version is the one that is known, the bits mean what the reader takes them for.
+directory, and the version of it: as long as the version is the one that is known, the bits mean what the reader takes
+them for. A server is asked for the version and the blocks in one command, which it does in one step. In a cluster the
+blocks lie on several nodes; there the version is asked for when all blocks were read.
 """
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from indexer.base import Holding, Limits, SourceStatus
 from indexer.errors import IndexUnavailable
 from indexer.groups import GroupSpec
+from indexer.keys import BlockKey
 from indexer.ledger import Slot
 from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
 from indexer.prompt import Prompt
-from indexer.redis_layout import Layout, SourceRecord, decode_records, holders_of
-from indexer.redis_store import AsyncRedisStore, Command
+from indexer.redis_layout import Layout, Names, holders_of
+from indexer.redis_opening import layout_of, open_async_store
+from indexer.redis_records import SourceRecord, decode_records, pairs_of
+from indexer.redis_store import Command
 from indexer.redis_url import parse_url
 
 T = TypeVar("T")
@@ -68,28 +72,31 @@ class Questions:
 
     def _look_up(self, plan: Plan, view: _View, prompt: Prompt) -> Question[list[Holding] | None]:
         """Look a prompt up; None where the view is out of date."""
-        version = self._layout.version(self._layout.tag(prompt.model))
+        names = self._layout.of(prompt.model)
         asked = answer(plan, prompt, bare=view.bare, chunks=CHUNKS, read=holders_of)
-        rounds = 0
+        is_checked = False
         try:
             keys = next(asked)
             while True:
-                rounds += 1
-                ((now, *values),) = yield [self._layout.look_up(version, keys)]
-                if now != view.version:
-                    return None
+                if len(names.parts) > 1:
+                    values = yield from _look_up_parts(names, keys)
+                else:
+                    ((now, *values),) = yield [names.home.look_up(keys, names.version)]
+                    if now != view.version:
+                        return None
+                    is_checked = True
                 keys = asked.send(values)
         except StopIteration as done:
             found: list[Holding] = done.value
-        if not rounds:
-            (now,) = yield [("GET", version)]
+        if not is_checked:
+            (now,) = yield [("GET", names.version)]
             if now != view.version:
                 return None
         return found
 
     def _load(self, model: str) -> Question[_View]:
-        tag = self._layout.tag(model)
-        version, listed = yield [("GET", self._layout.version(tag)), ("HGETALL", self._layout.directory(tag))]
+        names = self._layout.of(model)
+        version, listed = yield [("GET", names.version), ("HGETALL", names.directory)]
         records = decode_records(pairs_of(listed))
         caches = [_cache_of(record) for record in records]
         view = _View(
@@ -116,7 +123,7 @@ class Questions:
         """Ask for all sources, see `Index.sources`."""
         (listed,) = yield [("HGETALL", self._layout.models)]
         models = pairs_of(listed)
-        directories = (yield [("HGETALL", self._layout.directory(tag)) for tag in models]) if models else []
+        directories = (yield [("HGETALL", self._layout.tagged(tag).directory) for tag in models]) if models else []
         found = [
             _status_of(record, model.decode("utf-8", "replace"))
             for model, directory in zip(models.values(), directories, strict=True)
@@ -131,8 +138,8 @@ class AsyncRedisReader:
 
     def __init__(self, url: str, limits: Limits | None = None) -> None:
         parsed = parse_url(url)
-        self._store = AsyncRedisStore(parsed)
-        self._questions = Questions(Layout(parsed.prefix), (limits or Limits()).block_sizes)
+        self._store = open_async_store(parsed)
+        self._questions = Questions(layout_of(parsed), (limits or Limits()).block_sizes)
 
     async def match(
         self,
@@ -168,9 +175,15 @@ def ask(question: Question[T], run: Callable[[list[Command]], list[Any]]) -> T:
         return answered
 
 
-def pairs_of(listed: Any) -> dict[bytes, bytes]:  # noqa: ANN401  (a list or a dict, by the version of the protocol)
-    """Read the answer to HGETALL."""
-    return listed if isinstance(listed, dict) else dict(zip(listed[::2], listed[1::2], strict=True))
+def _look_up_parts(names: Names, keys: Sequence[BlockKey]) -> Question[list[bytes | None]]:
+    """Look blocks up, each with the part that it belongs to."""
+    divided = names.divide(keys)
+    answers = yield [part.look_up([keys[place] for place in places]) for part, places in divided]
+    values: list[bytes | None] = [None] * len(keys)
+    for (_, places), found in zip(divided, answers, strict=True):
+        for place, value in zip(places, found, strict=True):
+            values[place] = value
+    return values
 
 
 def _cache_of(record: SourceRecord) -> Cache:

@@ -1,15 +1,16 @@
 """Taking the blocks of slots that nobody sees any more out of Redis, in the background."""
 
+import secrets
 import time
+from typing import NamedTuple
 
 import structlog
 
-from indexer.redis_layout import ADVANCE, AT_ONCE, RELEASE, SWEPT, Layout, Replayed, bit_of, decode_records
-from indexer.redis_reader import pairs_of
-from indexer.redis_store import Command, RedisStore
-
-_NEVER = -1
-"""How far a slot is swept whose log cannot be read: nobody knows its blocks, so its number stays out of use."""
+from indexer.redis_layout import Layout, Names, Part, bit_of
+from indexer.redis_log import Replayed
+from indexer.redis_records import decode_records, pairs_of
+from indexer.redis_scripts import ADVANCE, AT_ONCE, CLOSE, FREE, RELEASE_DYING, SWEPT
+from indexer.redis_store import Command, Store
 
 _SWEEP_BYTES = 64 * 1024
 _SWEEP_LOCK_MS = 10_000
@@ -17,16 +18,32 @@ _SWEEP_LOCK_MS = 10_000
 _ORPHAN_S = 600.0
 """How long a slot number may be in nobody's record; between taking and publishing one lies a round trip or two."""
 
+_NEVER = b"never"
+"""Stands for the place in a log that cannot be read: nobody knows its blocks, so the number stays out of use."""
+
+
+class _Dying(NamedTuple):
+    """A slot that is to be swept in one part."""
+
+    part: Part
+    number: int
+    mark: bytes
+    """What the part says of it, ``<once>:<place in the log>``. If it says something else when a step is done, somebody
+    else went on, or the number was swept and is in use again."""
+
 
 class Sweeper:
-    """One builder's part in it: whoever has the lock of a model sweeps that, in portions, and any other may go on."""
+    """One builder's part in it: whoever has the lock of a model sweeps that, in portions, and any other may go on.
 
-    def __init__(self, store: RedisStore, layout: Layout, builder: bytes) -> None:
+    The lock only spares work. What keeps one that stands still and wakes up late from harm is that each step names what it
+    goes on from: a retirement at home, a guard when a part is closed, a mark in the part.
+    """
+
+    def __init__(self, store: Store, layout: Layout, builder: bytes) -> None:
         self._store = store
         self._layout = layout
         self._builder = builder
         self._log = structlog.get_logger("indexer")
-        self._swept = 0
         self._orphans: dict[tuple[bytes, int], float] = {}
         """Slot numbers that no source has, and since when."""
 
@@ -36,81 +53,101 @@ class Sweeper:
         A portion is 64 KiB of a ledger's log, some thousand blocks. One builder sweeps a model at a time; who comes
         after one that was killed goes on where it was. Raises `IndexUnavailable`.
         """
-        done, before = 0, self._swept
+        done = swept = 0
         (listed,) = self._store.run([("HGETALL", self._layout.models)])
-        for tag in pairs_of(listed):
-            for number, cursor in self._to_sweep(tag).items():
-                if done >= budget or not self._may_sweep(tag):
-                    return done, self._swept - before
-                place: int | None = cursor
-                while place is not None and done < budget:
-                    place = self._sweep_some(tag, number, place)
-                    done += 1
-        return done, self._swept - before
+        for names in map(self._layout.tagged, pairs_of(listed)):
+            for number, retirement in self._to_sweep(names).items():
+                if done >= budget or not self._may_sweep(names):
+                    return done, swept
+                is_swept = True
+                for dying in self._close(names, number, retirement):
+                    portions, is_done = self._sweep_part(dying, budget - done)
+                    done += portions
+                    is_swept = is_swept and is_done
+                if is_swept:
+                    free: Command = ("EVAL", FREE, 2, names.retired, names.numbers, retirement, number)
+                    swept += self._store.run([free])[0]
+        return done, swept
 
-    def _may_sweep(self, tag: bytes) -> bool:
-        lock = self._layout.sweeper(tag)
+    def _may_sweep(self, names: Names) -> bool:
         taken, owner = self._store.run(
-            [
-                ("SET", lock, self._builder, "NX", "PX", _SWEEP_LOCK_MS),
-                ("GET", lock),
-            ]
+            [("SET", names.sweeper, self._builder, "NX", "PX", _SWEEP_LOCK_MS), ("GET", names.sweeper)]
         )
         return bool(taken) or owner == self._builder
 
-    def _sweep_some(self, tag: bytes, number: int, cursor: int) -> int | None:
-        """Sweep one portion; give the place where the next begins, None when there is none."""
-        log, retired = self._layout.log(tag, number), self._layout.retired(tag)
+    def _close(self, names: Names, number: int, retirement: bytes) -> list[_Dying]:
+        """Let nobody write a retired slot any more; give the parts in which it is to be swept."""
+        guards = self._store.run([("GET", part.guard(number)) for part in names.parts])
+        # later than the guards were read: if it is retired still, they are not those of somebody who came after
+        (now,) = self._store.run([("HGET", names.retired, number)])
+        if now != retirement:
+            return []
+        self._store.run(
+            [
+                ("EVAL", CLOSE, 2, part.guard(number), part.dying, guard, number, secrets.token_hex(8) + ":0")
+                for part, guard in zip(names.parts, guards, strict=True)
+                if guard
+            ]
+        )
+        marks = self._store.run([("HGET", part.dying, number) for part in names.parts])
+        return [_Dying(part, number, mark) for part, mark in zip(names.parts, marks, strict=True) if mark]
+
+    def _sweep_part(self, dying: _Dying, budget: int) -> tuple[int, bool]:
+        """Sweep a slot in one part; give how many portions are done, and whether it is swept there."""
+        part, number, mark = dying
+        for done in range(budget):
+            once, _, place = mark.partition(b":")
+            if place == _NEVER:
+                return done, False
+            portion, replayed = self._read(part.log(number), int(place))
+            if not portion:
+                (swept,) = self._store.run([("EVAL", SWEPT, 2, part.dying, part.log(number), mark, number)])
+                return done + 1, bool(swept)
+            after = b"%b:%d" % (once, int(place) + replayed.read)
+            if not replayed.read:
+                self._log.warning("redis_log_unreadable", key=part.log(number).decode(errors="replace"))
+                after = once + b":" + _NEVER
+            commands: list[Command] = []
+            for at in range(0, len(replayed.mentioned), AT_ONCE):
+                blocks = part.blocks(replayed.mentioned[at : at + AT_ONCE])
+                commands.append(
+                    ("EVAL", RELEASE_DYING, len(blocks) + 1, part.dying, *blocks, mark, number, bit_of(number))
+                )
+            commands.append(("EVAL", ADVANCE, 1, part.dying, mark, number, after))
+            if 0 in self._store.run(commands):  # it took us so long that somebody else goes on with it
+                return done + 1, False
+            mark = after
+        return budget, False
+
+    def _read(self, log: bytes, place: int) -> tuple[bytes, Replayed]:
+        """Read some entries of a log, at least one where there is one."""
         size = _SWEEP_BYTES
         while True:
-            (portion,) = self._store.run([("GETRANGE", log, cursor, cursor + size - 1)])
+            (portion,) = self._store.run([("GETRANGE", log, place, place + size - 1)])
             replayed = Replayed()
             replayed.feed(portion)
             if replayed.read or replayed.broken or len(portion) < size:
-                break
+                return portion, replayed
             size *= 4  # an entry that is longer than a portion
-        sweeper, numbers = self._layout.sweeper(tag), self._layout.numbers(tag)
-        if not portion:
-            (swept,) = self._store.run([("EVAL", SWEPT, 4, sweeper, retired, log, numbers, self._builder, number)])
-            self._swept += swept
-            return None
-        if not replayed.read:
-            self._log.warning("redis_log_unreadable", key=log.decode(errors="replace"))
-            self._store.run([("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, _NEVER)])
-            return None
-        commands: list[Command] = []
-        for at in range(0, len(replayed.mentioned), AT_ONCE):
-            names = self._layout.blocks(replayed.mentioned[at : at + AT_ONCE])
-            commands.append(("EVAL", RELEASE, len(names) + 1, sweeper, *names, self._builder, bit_of(number)))
-        place = cursor + replayed.read
-        commands.append(("EVAL", ADVANCE, 2, sweeper, retired, self._builder, number, place))
-        # where it took us so long that somebody else sweeps now, that is theirs to go on with
-        return None if 0 in self._store.run(commands) else place
 
-    def _to_sweep(self, tag: bytes) -> dict[int, int]:
-        """Give the slots that are to be swept, and how far each is.
+    def _to_sweep(self, names: Names) -> dict[int, bytes]:
+        """Give the slots that are to be swept, and what stands for that each is.
 
         Numbers that were given out to a builder that was killed before it said what for come to them in time.
         """
         used, listed, directory = self._store.run(
-            [
-                ("GET", self._layout.numbers(tag)),
-                ("HGETALL", self._layout.retired(tag)),
-                ("HGETALL", self._layout.directory(tag)),
-            ]
+            [("GET", names.numbers), ("HGETALL", names.retired), ("HGETALL", names.directory)]
         )
         alive = {slot.number for record in decode_records(pairs_of(directory)) for slot in record.slots}
-        retired = {int(number): int(cursor) for number, cursor in pairs_of(listed).items()}
-        # retired a second time, by a write that was tried again, when they were swept and in use again
-        again = alive & retired.keys()
-        self._store.run([("HDEL", self._layout.retired(tag), number) for number in again])
-        known = alive | retired.keys()
+        retired = {int(number): retirement for number, retirement in pairs_of(listed).items()}
         bits = used or b""
+        known = alive | retired.keys()
         lost = {number for number in range(8 * len(bits)) if bits[number // 8] >> (7 - number % 8) & 1} - known
-        now = time.monotonic()
+        now, tag = time.monotonic(), names.tag
         self._orphans = {key: since for key, since in self._orphans.items() if key[0] != tag or key[1] in lost}
         for number in lost:
             if now - self._orphans.setdefault((tag, number), now) > _ORPHAN_S:
-                self._store.run([("HSETNX", self._layout.retired(tag), number, 0)])
-                retired[number] = 0
-        return {number: at for number, at in retired.items() if at != _NEVER and number not in again}
+                retirement = secrets.token_hex(8).encode()
+                if self._store.run([("HSETNX", names.retired, number, retirement)])[0]:
+                    retired[number] = retirement
+        return retired

@@ -1,14 +1,19 @@
 """URLs of an index in Redis."""
 
 from typing import NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 from indexer.errors import InvalidQuestion
 
-SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss", "unix": "unix"}
-"""Schemes of URLs, and those that the client library knows."""
+_SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
+"""Schemes of one server, and those that the client library knows."""
+
+CLUSTER = "+cluster"
+
+SCHEMES = (*_SCHEMES, "unix", *(scheme + CLUSTER for scheme in _SCHEMES))
 
 _TIMEOUT_S = 1.0
+_PORT = 6379
 
 
 class RedisUrl(NamedTuple):
@@ -16,15 +21,23 @@ class RedisUrl(NamedTuple):
 
     shown: str
     """Without the password."""
-    url: str
-    """For the client library."""
+    urls: tuple[str, ...]
+    """For the client library: that of the server, or of each node of a cluster that is known."""
+    is_cluster: bool
     prefix: str
     timeout_s: float
 
+    def of_node(self, host: str, port: int) -> str:
+        """Give the URL of another node of the same cluster."""
+        parts = urlsplit(self.urls[0])
+        user = parts.netloc.rpartition("@")[0]
+        return urlunsplit(parts._replace(netloc=f"{user}@{_place(host, port)}" if user else _place(host, port)))
+
 
 def parse_url(text: str) -> RedisUrl:
-    """Read ``redis://user:password@host:port/db?prefix=kvindex:&timeout=1.0``.
+    """Read ``redis://user:password@host:port/db?prefix=kvindex:&timeout=1.0``, or one of a cluster.
 
+    That is ``redis+cluster://user:password@host:port,host:port?...``: some of its nodes, from which the others are known.
     Raises `InvalidQuestion` for options that are not known.
     """
     try:
@@ -45,9 +58,32 @@ def parse_url(text: str) -> RedisUrl:
         timeout_s = 0.0
     if not 0 < timeout_s < 3600:
         raise InvalidQuestion(f"index URL option timeout={timeout!r}: expected seconds above 0")
-    if not parts.hostname and parts.scheme != "unix":
-        raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:6379/0")
-    host = parts.netloc.rpartition("@")[2]
-    shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
-    url = urlunsplit((SCHEMES[parts.scheme], parts.netloc, parts.path, urlencode(options), ""))
-    return RedisUrl(shown, url, prefix, timeout_s)
+    user, at, place = parts.netloc.rpartition("@")
+    if not place.strip(",") and parts.scheme != "unix":
+        raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:{_PORT}")
+    shown = urlunsplit((parts.scheme, place, parts.path, "", ""))
+    query = urlencode(options)
+    if not parts.scheme.endswith(CLUSTER):
+        if not parts.hostname and parts.scheme != "unix":
+            raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:{_PORT}")
+        scheme = _SCHEMES.get(parts.scheme, parts.scheme)
+        return RedisUrl(shown, (urlunsplit((scheme, parts.netloc, parts.path, query, "")),), False, prefix, timeout_s)
+    if parts.path.strip("/") not in ("", "0") or options.get("db", "0") != "0":
+        raise InvalidQuestion(f"index URL {shown}: a cluster has no databases but 0")
+    scheme = _SCHEMES[parts.scheme.removesuffix(CLUSTER)]
+    urls = [urlunsplit((scheme, f"{user}{at}{_node(one, shown)}", "", "", "")) for one in place.split(",") if one]
+    return RedisUrl(shown, tuple(urls), True, prefix, timeout_s)
+
+
+def _node(place: str, shown: str) -> str:
+    try:
+        parts = SplitResult("", place, "", "", "")
+        if not parts.hostname:
+            raise ValueError("a node without a host")
+        return _place(parts.hostname, parts.port or _PORT)
+    except ValueError as error:
+        raise InvalidQuestion(f"index URL {shown}: {error}") from None
+
+
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import redis
 import xxhash
 
 from indexer import (
@@ -18,12 +20,15 @@ from indexer import (
     Index,
     InvalidQuestion,
     Limits,
+    RedisIndex,
     Source,
     implementation,
     keys,
     open_index,
     prompt,
 )
+
+from indexer.redis_cluster import ClusterStore
 
 from .redis_server import BINARY, RedisServer
 
@@ -78,7 +83,23 @@ def blocks_in(index: Index) -> int:
         return stats["blocks"]
     while index.sweep():
         pass
-    return len(index._store.run([("KEYS", index._layout._block + b"*")])[0])
+    return len(block_names(index))
+
+
+def names_in(index: RedisIndex) -> list[bytes]:
+    """All keys that an index has in Redis."""
+    pattern = index._layout.models.removesuffix(b"models") + b"*"
+    if isinstance(index._store, ClusterStore):
+        owners = sorted(set(index._store._topology._owners))
+        return [name for node in owners for name in redis.Redis(*node, socket_timeout=20).keys(pattern)]
+    return index._store.run([("KEYS", pattern)])[0]
+
+
+def block_names(index: RedisIndex) -> list[bytes]:
+    """The keys of all blocks that an index has in Redis."""
+    start = index._layout.models.removesuffix(b"models")
+    kinds = {name: name.removeprefix(start) for name in names_in(index)}
+    return [name for name, kind in kinds.items() if re.fullmatch(rb"(\{[0-9a-f.]+\})?b.{8}", kind, re.DOTALL)]
 
 
 def _has_core() -> bool:

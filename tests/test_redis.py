@@ -29,11 +29,13 @@ from indexer import (
     prompt,
     redis_sweep,
 )
-from indexer.redis_layout import Replayed, decode_records, holders_of, log_blocks
-from indexer.redis_reader import AsyncRedisReader, pairs_of
+from indexer.redis_layout import holders_of
+from indexer.redis_log import Replayed, log_blocks
+from indexer.redis_reader import AsyncRedisReader
+from indexer.redis_records import decode_records, pairs_of
 
 from . import test_threads as threads
-from .conftest import HAS_CORE, MODEL, NEEDS_REDIS, POD, blocks_in, removed, stored
+from .conftest import HAS_CORE, MODEL, NEEDS_REDIS, POD, block_names, blocks_in, names_in, removed, stored
 from .redis_server import RedisServer
 from .test_differential import LIMITS, SEEDS, SOURCES, Twins, drive, events, question, registration
 from .test_index import CONTENTS, MEDIA, PARENT, PODS, Model, event_of
@@ -107,18 +109,28 @@ def same_content(index, memory):
     run, layout = index._store.run, index._layout
     holders, logs = Counter(), []
     for tag in pairs_of(run([("HGETALL", layout.models)])[0]):
-        for record in decode_records(pairs_of(run([("HGETALL", layout.directory(tag))])[0])):
+        names = layout.tagged(tag)
+        for record in decode_records(pairs_of(run([("HGETALL", names.directory)])[0])):
             for known in record.slots:
                 slot = memory._tracked[record.source].ledger.slots[known.medium, known.group, known.block_size]
-                replayed = Replayed()
-                replayed.feed(run([("GET", layout.log(tag, known.number))])[0] or b"")
-                logs.append((replayed.held, replayed.copies) == (slot.held, slot.copies))
+                whole = Replayed()
+                for log in run([("GET", part.log(known.number)) for part in names.parts]):
+                    replayed = Replayed()
+                    replayed.feed(log or b"")
+                    whole.add(replayed)
+                logs.append((whole.held, whole.copies) == (slot.held, slot.copies))
                 for key in set(slot.held.values()):
                     holders[key] |= 1 << known.number
-    (names,) = run([("KEYS", layout._block + b"*")])
-    values = run([("MGET", *names)])[0] if names else []
-    places = [int.from_bytes(name.removeprefix(layout._block), "big") for name in names]
-    return all(logs) and dict(zip(places, map(holders_of, values), strict=True)) == holders
+    found = block_names(index)
+    values = [holders_of(value) for value in run([("GET", name) for name in found])]
+    places = [int.from_bytes(name[-8:], "big") for name in found]
+    assert len(set(places)) == len(places), "a block lies in two parts"
+    return all(logs) and dict(zip(places, values, strict=True)) == holders
+
+
+def unlock(index, model=MODEL):
+    """Let anybody sweep now."""
+    index._store.run([("DEL", index._layout.of(model).sweeper)])
 
 
 class RedisTwins(Twins):
@@ -317,7 +329,7 @@ def test_a_builder_goes_on_after_one_that_was_killed(redis_server, operations):
         for (medium, name), count in model.copies[source].items():
             index.apply(source, [removed(name, medium=medium)] * count)
     assert index.stats()["held"] == 0
-    index._store.run([("DEL", index._layout.sweeper(index._layout.tag(MODEL)))])
+    unlock(index)
     assert blocks_in(index) == 0
 
 
@@ -451,9 +463,9 @@ def test_a_log_that_cannot_be_read_ends_no_builder(url, harm):
     for source in (POD, Source("b")):
         index.apply(source, [stored([1, 2], range(8))])
         index.apply(source, [stored([3, 4], range(8, 16), parent=2)])
-    run, layout = index._store.run, index._layout
-    log = layout.log(layout.tag(MODEL), 0)
-    run([("SET", log, harm(run([("GET", log)])[0]))])
+    run = index._store.run
+    log = index._layout.of(MODEL).home.log(0)
+    run([("SET", log, harm(run([("GET", log)])[0] or b""))])
     index = begun(url, [POD, Source("b")])
     said = tokens_of(index, range(16))
     assert said["b"] == 16
@@ -635,9 +647,9 @@ def test_an_older_view_is_not_taken_for_one_of_a_new_database(server):
     builders = [begun(server.url, [Source(pod)]) for pod in "ab"]
     for pod, builder in zip("ab", builders, strict=True):
         builder.apply(Source(pod), [stored([1], [ord(pod)] * 4)])
-    reader, layout = RedisIndex(server.url), builders[0]._layout
+    reader = RedisIndex(server.url)
     assert tokens_of(reader, [ord("a")] * 4) == {"a": 4, "b": 0}
-    version = layout.version(layout.tag(MODEL))
+    version = builders[0]._layout.of(MODEL).version
     before = server.client.get(version)
     server.client.flushall()
     for builder in reversed(builders):  # the other way round: numbers change hands
@@ -749,8 +761,8 @@ def test_a_write_that_is_tried_again_takes_nothing_from_who_came_in_between(url,
     index.apply(POD, [stored(range(100), [1] * 400)])
     run = index._store.run
 
-    def unheard(commands):
-        run(commands)
+    def unheard(commands, **more):
+        run(commands, **more)
         raise IndexUnavailable("the answer never came")
 
     monkeypatch.setattr(index._store, "run", unheard)
@@ -760,7 +772,7 @@ def test_a_write_that_is_tried_again_takes_nothing_from_who_came_in_between(url,
         pass
     other.apply(Source("heir"), [stored(range(100), [1] * 400)])
     until(lambda: nothing_waits(index), index)
-    index._store.run([("DEL", index._layout.sweeper(index._layout.tag(MODEL)))])
+    unlock(index)
     index.sweep()
     assert tokens_of(index, [1] * 400) == {POD.pod: 0, "heir": 400}
     assert begun(url, [Source("heir")]).stats()["held"] == 100
@@ -794,30 +806,32 @@ def test_a_sweep_is_done_in_portions_by_whoever_comes(url, monkeypatch):
     for source in (POD, Source("b")):
         for number in range(40):
             index.apply(source, [stored(range(20 * number, 20 * number + 20), [number] * 80)])
-    run, layout, tag = index._store.run, index._layout, index._layout.tag(MODEL)
-    (before,) = run([("STRLEN", layout.log(tag, 0))])
+    run, names = index._store.run, index._layout.of(MODEL)
+    before = sum(run([("STRLEN", part.log(0)) for part in names.parts]))
     index.forget(POD.pod)
     assert index.sweep(3) == 3
-    assert 0 < int(pairs_of(run([("HGETALL", layout.retired(tag))])[0])[b"0"]) < before / 2
+    (mark,) = run([("HGET", names.home.dying, 0)])
+    assert 0 < int(mark.rpartition(b":")[2]) < before / 2
     other = RedisIndex(url)
     assert other.sweep() == 0  # one at a time
-    run([("DEL", layout.sweeper(tag))])
+    unlock(index)
     done = 0
     while portions := other.sweep(2):
         assert portions <= 2
         done += portions
     assert before / 1000 / 3 < done < before / 200
     assert index.sweep() == 0
-    assert not run([("EXISTS", layout.retired(tag), layout.log(tag, 0))])[0]
+    for key in (names.retired, *(name for part in names.parts for name in (part.log(0), part.dying, part.guard(0)))):
+        assert not run([("EXISTS", key)])[0]
     assert tokens_of(other, [3] * 80) == {"b": 80}
     other.forget("b")
     assert tokens_of(other, [3] * 80) == {"b": 80}  # it never was its own
     index.forget("b")
-    run([("DEL", layout.sweeper(tag))])
+    unlock(index)
     assert blocks_in(index) == 0
-    left = {name.removeprefix(layout._prefix)[:1] for name in run([("KEYS", layout._prefix + b"*")])[0]}
+    left = {name.rpartition(b"}")[2].rpartition(b":")[2][:1] for name in names_in(index)}
     assert left <= {b"d", b"n", b"m", b"s", b"v", b"w"}
-    assert not run([("BITCOUNT", layout.numbers(tag))])[0]
+    assert not run([("BITCOUNT", names.numbers)])[0]
 
 
 def test_a_log_entry_longer_than_a_portion_is_swept(url, monkeypatch):
@@ -834,7 +848,7 @@ def test_numbers_of_slots_are_used_again(url):
         index.apply(POD, [stored([1, 2], [number] * 8), stored([1], [number] * 4, medium="cpu")])
         index.restart(POD)
         index.expire()
-    (bits,) = index._store.run([("GET", index._layout.numbers(index._layout.tag(MODEL)))])
+    (bits,) = index._store.run([("GET", index._layout.of(MODEL).numbers)])
     assert len(bits) == 1
     assert index.stats()["swept_total"] == 100
 
@@ -852,35 +866,35 @@ def test_numbers_that_nobody_came_to_use_are_found(url, monkeypatch):
     index.register(Source("c"), model=MODEL)
     index.apply(Source("c"), [stored([1], range(4))])
     assert tokens_of(index, range(4)) == {POD.pod: 4, "b": 0, "c": 4}
-    assert index._store.run([("BITCOUNT", index._layout.numbers(index._layout.tag(MODEL)))]) == [2]
+    assert index._store.run([("BITCOUNT", index._layout.of(MODEL).numbers)]) == [2]
 
 
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", range(12))
 def test_who_lost_the_lock_of_the_sweep_does_no_harm(url, monkeypatch, at):
     """One that stands still at any step of its sweep, while others end it and use the number again, and goes on."""
     slow, quick = begun(url, [POD]), RedisIndex(url)
     slow.apply(POD, [stored(range(100), [1] * 400)])
     slow.restart(POD)
-    run, layout, tag = slow._store.run, slow._layout, slow._layout.tag(MODEL)
+    run = slow._store.run
     steps = itertools.count()
 
-    def stands_still(commands):
+    def stands_still(commands, **more):
         if next(steps) == at:
-            run([("DEL", layout.sweeper(tag))])
+            unlock(quick)
             while quick.sweep():
                 pass
             quick.register(Source("heir"), model=MODEL)
             quick.apply(Source("heir"), [stored(range(100), [1] * 400)])
-        return run(commands)
+        return run(commands, **more)
 
     monkeypatch.setattr(slow._store, "run", stands_still)
     slow.sweep()
     monkeypatch.undo()
-    run([("DEL", layout.sweeper(tag))])
+    unlock(quick)
     for index in (quick, slow):
         while index.sweep():
             pass
-        run([("DEL", layout.sweeper(tag))])
+        unlock(quick)
     expected = {POD.pod: 0} | ({"heir": 400} if next(steps) > at else {})
     assert tokens_of(RedisIndex(url), [1] * 400) == expected
     heir = begun(url, [Source("heir")])
@@ -898,7 +912,7 @@ def test_a_log_stays_short(url):
         for number in range(100):
             one.apply(POD, [stored(range(200), [number] * 800), removed(*range(200))])
             one.apply(POD, [stored([5000], [3] * 4), removed(5000)])
-    (size,) = index._store.run([("STRLEN", index._layout.log(index._layout.tag(MODEL), 0))])
+    size = sum(index._store.run([("STRLEN", part.log(0)) for part in index._layout.of(MODEL).parts]))
     assert size < 60_000
     assert same_content(index, memory)
     index = begun(url, [POD])
@@ -948,10 +962,10 @@ def test_records_of_somebody_else_are_passed_over(url):
     index.apply(POD, [stored([1], range(4))])
     run, layout = index._store.run, index._layout
     for field, value in {"0 x": b"\xc1", "": b"", "1 y": b"\x91\x01", "z": b'{"pod": "z"}'}.items():
-        run([("HSET", layout.directory(layout.tag(MODEL)), field, value)])
-    run([("INCR", layout.version(layout.tag(MODEL)))])
-    run([("HSET", layout.models, layout.tag("else"), b"\xff\xfe")])
-    run([("HSET", layout.directory(layout.tag("else")), "0 x", b"?")])
+        run([("HSET", layout.of(MODEL).directory, field, value)])
+    run([("INCR", layout.of(MODEL).version)])
+    run([("HSET", layout.models, layout.of("else").tag, b"\xff\xfe")])
+    run([("HSET", layout.of("else").directory, "0 x", b"?")])
     for one in (index, RedisIndex(url), begun(url, [POD, Source("x")])):
         assert tokens_of(one, range(4))[POD.pod] == 4
         assert str(one.sources()[0].source) == POD.pod
