@@ -27,9 +27,9 @@ from indexer import (
     open_index,
     prompt,
 )
-
 from indexer.redis_cluster import ClusterStore
 
+from .redis_cluster import RedisCluster
 from .redis_server import BINARY, RedisServer
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("*.jsonl"))
@@ -141,16 +141,33 @@ def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.fixture(scope="session", params=[*IMPLEMENTATIONS, pytest.param("redis", marks=NEEDS_REDIS)])
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory) -> Iterator[RedisCluster]:
+    """A Redis Cluster for all tests; who harms it calls its `heal` afterwards."""
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session", params=["redis_server", "redis_cluster"])
+def redis_place(request) -> RedisServer | RedisCluster:
+    """One server, and a cluster."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[*IMPLEMENTATIONS, *(pytest.param(name, marks=NEEDS_REDIS) for name in ("redis_server", "redis_cluster"))],
+)
 def open_new(request) -> Callable[..., Index]:
     """Opens an empty index of each kind; `limits` as `open_index` takes them."""
     numbers = itertools.count()
 
     def opened(limits: Limits | None = None) -> Index:
-        if request.param != "redis":
+        if not request.param.startswith("redis"):
             return open_index(f"memory://?impl={request.param}", limits=limits)
-        server = request.getfixturevalue("redis_server")
-        return open_index(f"{server.url}?prefix={next(numbers)}:", limits=limits)
+        place = request.getfixturevalue(request.param)
+        return open_index(f"{place.url}?prefix={next(numbers)}:&timeout=5", limits=limits)
 
     return opened
 

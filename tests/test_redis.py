@@ -60,8 +60,8 @@ def somewhere(server):
 
 
 @pytest.fixture
-def url(redis_server):
-    return somewhere(redis_server)
+def url(redis_place):
+    return somewhere(redis_place)
 
 
 @pytest.fixture
@@ -229,8 +229,8 @@ class Fleet:
 
 @given(SEEDS, st.sampled_from(LIMITS))
 @settings(max_examples=60, deadline=None)
-def test_random_streams(redis_server, seeds, limits):
-    seeds, twins = [seed for some in seeds for seed in some], RedisTwins(somewhere(redis_server), limits)
+def test_random_streams(redis_place, seeds, limits):
+    seeds, twins = [seed for some in seeds for seed in some], RedisTwins(somewhere(redis_place), limits)
     try:
         for _ in drive(twins, seeds, 2):
             pass
@@ -292,8 +292,8 @@ OPERATIONS = st.lists(
 
 @given(operations=OPERATIONS)
 @settings(max_examples=80, deadline=None)
-def test_a_builder_goes_on_after_one_that_was_killed(redis_server, operations):
-    where = somewhere(redis_server)
+def test_a_builder_goes_on_after_one_that_was_killed(redis_place, operations):
+    where = somewhere(redis_place)
     index, model = begun(where, PODS), Model()
     for what, source, name, medium in operations:
         copies = model.copies[source]
@@ -947,8 +947,8 @@ def test_only_keys_with_the_prefix_are_touched(server):
     assert {name: server.client.get(name) for name in left if not name.startswith(b"mine:")} == foreign
 
 
-def test_two_prefixes_do_not_meet(redis_server):
-    indexes = [begun(somewhere(redis_server), [POD]) for _ in range(2)]
+def test_two_prefixes_do_not_meet(redis_place):
+    indexes = [begun(somewhere(redis_place), [POD]) for _ in range(2)]
     indexes[0].apply(POD, [stored([1], range(4))])
     indexes[1].register(Source("b"), model=MODEL)
     assert tokens_of(indexes[0], range(4)) == {POD.pod: 4}
