@@ -464,7 +464,10 @@ class RedisIndex(TrackingIndex):
         keys, values = self._retirement(names, gone)
         record = encode_record(self._record(tracked))
         owner = names.owner(tracked.source)
-        return Write(tracked, names.home, PUBLISH, owner, keys, (field_of(tracked.source), record, step, *values))
+        # what readers see from then on has to be there; on one server it is, in the order in which it is written
+        is_last = bool(step) and len(names.parts) > 1
+        values = [field_of(tracked.source), record, step, *values]
+        return Write(tracked, names.home, PUBLISH, owner, keys, values, is_last)
 
     def _retirement(self, names: Names, gone: dict[int, bytes]) -> tuple[list[bytes], list[Value]]:
         """Give the keys and the last values of a script that retires slots."""

@@ -13,6 +13,8 @@ from indexer.redis_scripts import ADVANCE, AT_ONCE, CLOSE, FREE, RELEASE_DYING, 
 from indexer.redis_store import Command, Store
 
 _SWEEP_BYTES = 64 * 1024
+"""Bytes of logs that are read at a time, over all parts."""
+
 _SWEEP_LOCK_MS = 10_000
 
 _ORPHAN_S = 600.0
@@ -27,9 +29,21 @@ class _Dying(NamedTuple):
 
     part: Part
     number: int
-    mark: bytes
-    """What the part says of it, ``<once>:<place in the log>``. If it says something else when a step is done, somebody
-    else went on, or the number was swept and is in use again."""
+    once: bytes
+    """Stands for this time that it is."""
+    place: int
+    """How far it is, in its log."""
+
+    @property
+    def mark(self) -> bytes:
+        """What the part says of it. If it says something else when a step is done, somebody else went on, or the number
+        was swept and is in use again."""
+        return b"%b:%d" % (self.once, self.place)
+
+    @property
+    def log(self) -> bytes:
+        """Where its blocks stand."""
+        return self.part.log(self.number)
 
 
 class Sweeper:
@@ -59,12 +73,11 @@ class Sweeper:
             for number, retirement in self._to_sweep(names).items():
                 if done >= budget or not self._may_sweep(names):
                     return done, swept
-                is_swept = True
-                for dying in self._close(names, number, retirement):
-                    portions, is_done = self._sweep_part(dying, budget - done)
-                    done += portions
-                    is_swept = is_swept and is_done
-                if is_swept:
+                dying = self._close(names, number, retirement)
+                while dying and done < budget:
+                    dying = self._sweep_some(dying)
+                    done += 1
+                if not dying and not any(self._store.run([("HGET", part.dying, number) for part in names.parts])):
                     free: Command = ("EVAL", FREE, 2, names.retired, names.numbers, retirement, number)
                     swept += self._store.run([free])[0]
         return done, swept
@@ -90,45 +103,45 @@ class Sweeper:
             ]
         )
         marks = self._store.run([("HGET", part.dying, number) for part in names.parts])
-        return [_Dying(part, number, mark) for part, mark in zip(names.parts, marks, strict=True) if mark]
+        found = [(part, *mark.split(b":")) for part, mark in zip(names.parts, marks, strict=True) if mark]
+        return [_Dying(part, number, once, int(place)) for part, once, place in found if place != _NEVER]
 
-    def _sweep_part(self, dying: _Dying, budget: int) -> tuple[int, bool]:
-        """Sweep a slot in one part; give how many portions are done, and whether it is swept there."""
-        part, number, mark = dying
-        for done in range(budget):
-            once, _, place = mark.partition(b":")
-            if place == _NEVER:
-                return done, False
-            portion, replayed = self._read(part.log(number), int(place))
-            if not portion:
-                (swept,) = self._store.run([("EVAL", SWEPT, 2, part.dying, part.log(number), mark, number)])
-                return done + 1, bool(swept)
-            after = b"%b:%d" % (once, int(place) + replayed.read)
-            if not replayed.read:
-                self._log.warning("redis_log_unreadable", key=part.log(number).decode(errors="replace"))
-                after = once + b":" + _NEVER
-            commands: list[Command] = []
+    def _sweep_some(self, dying: list[_Dying]) -> list[_Dying]:
+        """Sweep a slot a little further, in all parts where it is to be swept; give those where it still is."""
+        size = max(_SWEEP_BYTES // len(dying), 1)
+        portions = self._store.run([("GETRANGE", one.log, one.place, one.place + size - 1) for one in dying])
+        commands: list[Command] = []
+        left = []
+        for one, portion in zip(dying, portions, strict=True):
+            replayed = self._read(one, portion, size)
+            part, log, number, mark = one.part, one.log, one.number, one.mark
             for at in range(0, len(replayed.mentioned), AT_ONCE):
-                blocks = part.blocks(replayed.mentioned[at : at + AT_ONCE])
-                commands.append(
-                    ("EVAL", RELEASE_DYING, len(blocks) + 1, part.dying, *blocks, mark, number, bit_of(number))
-                )
-            commands.append(("EVAL", ADVANCE, 1, part.dying, mark, number, after))
-            if 0 in self._store.run(commands):  # it took us so long that somebody else goes on with it
-                return done + 1, False
-            mark = after
-        return budget, False
+                keys = [part.dying, *part.blocks(replayed.mentioned[at : at + AT_ONCE])]
+                commands.append(("EVAL", RELEASE_DYING, len(keys), *keys, mark, number, bit_of(number)))
+            after = one._replace(place=one.place + replayed.read)
+            if replayed.broken:
+                self._log.warning("redis_log_unreadable", key=log.decode(errors="replace"))
+                commands.append(("EVAL", ADVANCE, 1, part.dying, mark, number, one.once + b":" + _NEVER))
+            elif len(portion) < size and replayed.read == len(portion):  # the end: nobody writes it any more
+                commands.append(("EVAL", SWEPT, 2, part.dying, log, mark, number))
+            else:
+                commands.append(("EVAL", ADVANCE, 1, part.dying, mark, number, after.mark))
+                left.append(after)
+        # where it took us so long that somebody else goes on, that is theirs
+        return left if all(self._store.run(commands)) else []
 
-    def _read(self, log: bytes, place: int) -> tuple[bytes, Replayed]:
-        """Read some entries of a log, at least one where there is one."""
-        size = _SWEEP_BYTES
+    def _read(self, dying: _Dying, portion: bytes, size: int) -> Replayed:
+        """Read the entries of a portion of a log, at least one where there is one."""
         while True:
-            (portion,) = self._store.run([("GETRANGE", log, place, place + size - 1)])
             replayed = Replayed()
             replayed.feed(portion)
-            if replayed.read or replayed.broken or len(portion) < size:
-                return portion, replayed
+            if replayed.read or replayed.broken:
+                return replayed
+            if len(portion) < size:
+                replayed.broken = bool(portion)
+                return replayed
             size *= 4  # an entry that is longer than a portion
+            (portion,) = self._store.run([("GETRANGE", dying.log, dying.place, dying.place + size - 1)])
 
     def _to_sweep(self, names: Names) -> dict[int, bytes]:
         """Give the slots that are to be swept, and what stands for that each is.

@@ -33,6 +33,8 @@ class Write(NamedTuple):
     """The key that says who writes."""
     keys: Sequence[bytes]
     values: Sequence[Value]
+    is_last: bool = False
+    """It must not be done before all that is due before it, wherever that is."""
 
     @property
     def weight(self) -> int:
@@ -106,7 +108,7 @@ class Writer:
     def write_due(self) -> Written:
         """Write a portion of what is due. Raises `IndexUnavailable`; then all of it is still due."""
         portion, size = 0, 0
-        while portion < len(self._due) and size < _PORTION:
+        while portion < len(self._due) and size < _PORTION and not (portion and self._due[portion].is_last):
             size += self._due[portion].weight
             portion += 1
         written = self.write(self._due[:portion])
