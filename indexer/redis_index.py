@@ -114,6 +114,10 @@ class RedisIndex(TrackingIndex):
         """Sources that were forgotten and are still in Redis."""
         self._fresh: list[_Mirror] = []
         """Mirrors whose numbers are in no record yet."""
+        self._used: dict[Names, set[int]] = {}
+        """Slot numbers that were ever ours."""
+        self._unmarked: set[Names] = set()
+        """Models of which Redis may not know any more that some of these were in use."""
         self._retry_at = 0.0
         self._backoff = _BACKOFF_S[0]
         self._counters.update(dict.fromkeys(("write_failures_total", "rewritten_total", "swept_total"), 0))
@@ -258,6 +262,7 @@ class RedisIndex(TrackingIndex):
             (number,) = self._store.run([("EVAL", TAKE_SLOT, 1, names.numbers, MAX_SLOTS)], again=False)
             if number < 0:
                 return -1
+            self._used.setdefault(names, set()).add(number)
             claims: list[Command] = [
                 ("EVAL", CLAIM, 3, part.guard(number), part.dying, part.log(number), me, number) for part in names.parts
             ]
@@ -332,6 +337,10 @@ class RedisIndex(TrackingIndex):
             if look and self._writer.has_written:
                 self._note_models()
                 self._judge(self._writer.look())
+            for names in list(self._unmarked):
+                # what is left of them in other parts is found by the sweep, as of all numbers that nobody came to use
+                self._store.run([("SETBIT", names.numbers, number, 1) for number in self._used.get(names, ())])
+                self._unmarked.discard(names)
             # later than what was due: in that may be what these sources were before
             for tracked in list(self._stale.values()):
                 self._rewrite(tracked)
@@ -397,6 +406,7 @@ class RedisIndex(TrackingIndex):
         self._log.warning("redis_lost_writes", index=self._store.shown, models=len(tags))
         self._writer.drop(tags)
         self._make_stale(tags)
+        self._unmarked.update(map(self._layout.tagged, tags))
 
     def _make_stale(self, tags: set[bytes] | None = None) -> None:
         for source, tracked in self._tracked.items():
@@ -618,6 +628,7 @@ class RedisIndex(TrackingIndex):
             if not records:
                 return
             (record,) = records
+            self._used.setdefault(names, set()).update(slot.number for slot in record.slots)
             replays = [self._take_over(names, slot.number) for slot in record.slots]
         except IndexUnavailable as error:
             self._failed(error)

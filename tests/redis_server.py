@@ -27,6 +27,10 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    def clients(self) -> list[redis.Redis]:
+        """The one client, as a cluster has several."""
+        return [self.client]
+
     def start(self) -> None:
         own = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--loglevel", "warning"]
         self._process = subprocess.Popen(
