@@ -39,7 +39,7 @@ from indexer.redis_scripts import (
 from indexer.redis_store import Command
 from indexer.redis_sweep import Sweeper
 from indexer.redis_url import parse_url
-from indexer.redis_writer import Value, Write, Writer, Written
+from indexer.redis_writer import Value, Write, Writer, Written, builder_of
 from indexer.tracking import Tracked, TrackingIndex
 
 UNREADABLE = "lost: what was known of this source could not be read from Redis"
@@ -417,8 +417,7 @@ class RedisIndex(TrackingIndex):
         """Take a forgotten source out of Redis: from one step to the next nobody sees its blocks."""
         if tracked.source not in self._tracked:
             names = self._layout.of(tracked.model)
-            retired = self._retired(names, self._recorded(names, tracked.source))
-            keys, values = self._retirement(names, retired)
+            keys, values = self._retirement(names, self._recorded(names, tracked.source))
             field = field_of(tracked.source)
             owner = names.owner(tracked.source)
             write = Write(tracked, names.home, LEAVE, owner, keys, (field, b"", _step(), *values))
@@ -474,6 +473,7 @@ class RedisIndex(TrackingIndex):
         keys, values = self._retirement(names, gone)
         record = encode_record(self._record(tracked))
         owner = names.owner(tracked.source)
+        keys += [names.home.guard(self._mirrors[slot].number) for slot in tracked.ledger.slots.values()]
         # what readers see from then on has to be there; on one server it is, in the order in which it is written
         is_last = bool(step) and len(names.parts) > 1
         values = [field_of(tracked.source), record, step, *values]
@@ -484,16 +484,14 @@ class RedisIndex(TrackingIndex):
         keys = [names.directory, names.version, names.retired, *map(names.home.guard, gone)]
         return keys, [secrets.token_hex(8), *(value for pair in gone.items() for value in pair)]
 
-    def _recorded(self, names: Names, source: Source) -> list[int]:
-        """Give the slot numbers that Redis has for a source."""
+    def _recorded(self, names: Names, source: Source) -> dict[int, bytes]:
+        """Give the slots that the record of a source has, each with what its guard says."""
         (value,) = self._store.run([("HGET", names.directory, field_of(source))])
         records = decode_records({b"": value} if value else {})
-        return [slot.number for record in records for slot in record.slots]
-
-    def _retired(self, names: Names, numbers: Sequence[int]) -> dict[int, bytes]:
-        """Say whose slots are that are to be retired; those that are nobody's are swept already, or will be."""
-        owners = self._store.run([("GET", names.home.guard(number)) for number in numbers])
-        return {number: owner for number, owner in zip(numbers, owners, strict=True) if owner}
+        numbers = [slot.number for record in records for slot in record.slots]
+        guards = self._store.run([("GET", names.home.guard(number)) for number in numbers])
+        found = zip(numbers, guards, strict=True)
+        return {number: guard for number, guard in found if builder_of(guard) == records[0].builder}
 
     def _record(self, tracked: Tracked) -> SourceRecord:
         ledger = tracked.ledger
@@ -521,6 +519,7 @@ class RedisIndex(TrackingIndex):
             tracked.since,
             bare,
             tracked.last_seq,
+            self._writer.builder,
             groups,
             slots,
         )
@@ -533,7 +532,7 @@ class RedisIndex(TrackingIndex):
             self._stale.pop(tracked.source)
             self._lost.add(tracked.source)
             return
-        old = self._retired(names, self._recorded(names, tracked.source))
+        old = self._recorded(names, tracked.source)
         for slot in tracked.ledger.slots.values():
             self._write_slot(tracked, slot)
         self._note_models()

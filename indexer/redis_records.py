@@ -34,6 +34,8 @@ class SourceRecord(msgspec.Struct, array_like=True):
     since: float
     bare_images: bool
     last_seq: int | None
+    builder: bytes
+    """Who wrote the record: other builders' slots may have the same numbers, where Redis lost some of what it had."""
     groups: list[tuple[int, int, int | None]]
     """Number, block size and tail of each cache group."""
     slots: list[SlotRecord]

@@ -91,13 +91,12 @@ return 1
 """
 )
 
-_RETIRE_ALL = """
-for at = 5, #KEYS do
-  local number, said = ARGV[2 * at - 4], ARGV[2 * at - 3]
-  local builder, epoch = string.match(said, '^(.*)%.(%d+)$')
-  local mine, before = string.match(redis.call('GET', KEYS[at]) or '', '^(.*)%.(%d+)$')
+_RETIRE = """
+for at = 6, #ARGV, 2 do
+  local builder, epoch = string.match(ARGV[at + 1], '^(.*)%.(%d+)$')
+  local mine, before = string.match(redis.call('GET', KEYS[2 + at / 2]) or '', '^(.*)%.(%d+)$')
   if mine and mine == builder and tonumber(before) <= tonumber(epoch) then
-    redis.call('HSETNX', KEYS[4], number, ARGV[5])
+    redis.call('HSETNX', KEYS[4], ARGV[at], ARGV[5])
   end
 end
 return 1
@@ -106,15 +105,22 @@ return 1
 PUBLISH = (
     _GUARDED
     + """
+for at = 5 + (#ARGV - 5) / 2, #KEYS do
+  if redis.call('GET', KEYS[at]) ~= ARGV[1] then return 0 end
+end
 redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
 if ARGV[4] ~= '0' then redis.call('INCRBY', KEYS[3], ARGV[4]) end
 """
-    + _RETIRE_ALL
+    + _RETIRE
 )
 """Writes a source's record, with a new version where readers have to know, and retires slots that it no longer has.
 
-A slot is retired only if it is still whose it was, no later than in the epoch that is said: not when the number was swept
-and given to somebody else since.
+Arguments: field, record, what the version grows by, something that stands for the retirement, and for each slot that is
+retired its number and whose it was. Keys: the directory, the version, the retired slots, the guards of those that are
+retired, and the guards of those that the source has, which have to be the builder's own.
+
+A slot is retired only if it is still whose it was, no later than in the epoch that is said: not when the number was
+swept and given to somebody else since.
 """
 
 LEAVE = (
@@ -124,7 +130,7 @@ redis.call('DEL', KEYS[1])
 redis.call('HDEL', KEYS[2], ARGV[2])
 redis.call('INCRBY', KEYS[3], ARGV[4])
 """
-    + _RETIRE_ALL
+    + _RETIRE
 )
 """Takes a source out of the directory and retires its slots. Arguments as for `PUBLISH`, the record is not read."""
 

@@ -80,7 +80,7 @@ class Writer:
 
     def is_mine(self, owner: bytes | None) -> bool:
         """Whether a guard says that something is this builder's own."""
-        return owner is not None and owner.rpartition(b".")[0] == self.builder
+        return builder_of(owner) == self.builder
 
     def add(self, write: Write) -> None:
         """Put something behind what is due."""
@@ -162,3 +162,8 @@ class Writer:
             lost |= {tracked.source: tracked for (tracked, _), answer in zip(some, answers, strict=True) if answer}
         self.is_new_epoch = False
         return list(lost.values())
+
+
+def builder_of(owner: bytes | None) -> bytes | None:
+    """Read what a guard says: the builder whose something is."""
+    return None if owner is None else owner.rpartition(b".")[0]
