@@ -9,12 +9,13 @@ source is written anew from its ledger. So a fault costs time, never truth.
 import secrets
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import structlog
 
 from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import IndexUnavailable
+from indexer.events import EngineHash
 from indexer.groups import GroupSpec
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
@@ -76,6 +77,17 @@ class _Mirror:
         """Blocks mentioned in the log."""
 
 
+class _Merged(NamedTuple):
+    """Changes of one slot that follow each other: the more at once, the cheaper each."""
+
+    tracked: Tracked
+    slot: Slot
+    mirror: _Mirror
+    hashes: list[EngineHash]
+    keys: list[BlockKey]
+    held: bool
+
+
 class RedisIndex(TrackingIndex):
     """An `Index` in Redis or Valkey, one server or a cluster. All methods may be called from any thread.
 
@@ -99,6 +111,7 @@ class RedisIndex(TrackingIndex):
         self._writer = Writer(self._store)
         self._sweeper = Sweeper(self._store, self._layout, self._writer.builder)
         self._mirrors: dict[Slot, _Mirror] = {}
+        self._merged: _Merged | None = None
         self._unpublished: dict[Source, Tracked] = {}
         """Sources whose record has to be written; with a new version where `_changed` has them too."""
         self._changed: set[Source] = set()
@@ -200,31 +213,45 @@ class RedisIndex(TrackingIndex):
     def _change(self, tracked: Tracked, changes: list[Change]) -> None:
         if self._is_unwritten(tracked):
             return
-        names = self._layout.of(tracked.model)
+        self._unpublished[tracked.source] = tracked
         for slot, hashes, keys, held in changes:
-            mirror = self._mirrors[slot]
-            self._unpublished[tracked.source] = tracked
             if not keys:
-                for name in hashes:
-                    if name not in slot.held:  # it goes with a change that follows
-                        continue
-                    part = names.part_of(slot.held[name])
-                    self._append(tracked, part, mirror, log_copies(name, slot.copies.get(name, 1)))
+                self._write_merged()
+                self._write_copies(tracked, slot, hashes)
                 continue
-            mirror.logged += len(hashes)
-            for part, places in names.divide(keys):
-                mine = [keys[place] for place in places]
-                entry = log_blocks([hashes[place] for place in places], mine, held=held)
-                first = [key for key in mine if _counted(mirror.keys, key, held=held)]
-                # a log may say too much, never too little: from it the bits are taken back
-                if held:
-                    self._append(tracked, part, mirror, entry)
-                for at in range(0, len(first), AT_ONCE):
-                    blocks = part.blocks(first[at : at + AT_ONCE])
-                    bit = bit_of(mirror.number)
-                    self._add(tracked, part, HOLD if held else RELEASE, part.guard(mirror.number), blocks, bit)
-                if not held:
-                    self._append(tracked, part, mirror, entry)
+            merged = self._merged
+            if merged is None or merged.slot is not slot or merged.held is not held:
+                self._write_merged()
+                merged = self._merged = _Merged(tracked, slot, self._mirrors[slot], [], [], held)
+            merged.hashes.extend(hashes)
+            merged.keys.extend(keys)
+
+    def _write_merged(self) -> None:
+        """Put the changes of a slot that followed each other behind what is due."""
+        merged, self._merged = self._merged, None
+        if merged is None or self._is_unwritten(merged.tracked):
+            return
+        tracked, _, mirror, hashes, keys, held = merged
+        number = mirror.number
+        mirror.logged += len(hashes)
+        for part, places in self._layout.of(tracked.model).divide(keys):
+            mine = [keys[place] for place in places]
+            entry = log_blocks([hashes[place] for place in places], mine, held=held)
+            first = [key for key in mine if _counted(mirror.keys, key, held=held)]
+            # a log may say too much, never too little: from it the bits are taken back
+            if held:
+                self._append(tracked, part, mirror, entry)
+            for at in range(0, len(first), AT_ONCE):
+                blocks = part.blocks(first[at : at + AT_ONCE])
+                self._add(tracked, part, HOLD if held else RELEASE, part.guard(number), blocks, bit_of(number))
+            if not held:
+                self._append(tracked, part, mirror, entry)
+
+    def _write_copies(self, tracked: Tracked, slot: Slot, hashes: Sequence[EngineHash]) -> None:
+        for name in hashes:
+            if name in slot.held:  # else it goes with a change that follows
+                part = self._layout.of(tracked.model).part_of(slot.held[name])
+                self._append(tracked, part, self._mirrors[slot], log_copies(name, slot.copies.get(name, 1)))
 
     def _is_unwritten(self, tracked: Tracked) -> bool:
         return tracked.source in self._stale or tracked.source in self._lost
@@ -286,6 +313,7 @@ class RedisIndex(TrackingIndex):
     def _applied(self, tracked: Tracked) -> None:
         if self._tracked.get(tracked.source) is not tracked:
             return
+        self._write_merged()
         self._unpublished[tracked.source] = tracked
         for slot in () if self._is_unwritten(tracked) else tracked.ledger.slots.values():
             mirror = self._mirrors[slot]
@@ -298,6 +326,7 @@ class RedisIndex(TrackingIndex):
     def _reclaim(self, tracked: Tracked, slots: Iterable[Slot]) -> None:
         """Leave slots to the sweep, in the step that takes them out of their source's record."""
         with self._lock:
+            self._write_merged()
             gone = [self._mirrors.pop(slot) for slot in slots if slot in self._mirrors]
             # what is written anew, or forgotten, leaves all that its record says
             if self._tracked.get(tracked.source) is tracked and not self._is_unwritten(tracked):
@@ -321,6 +350,7 @@ class RedisIndex(TrackingIndex):
 
     def _flush(self, *, look: bool = False) -> None:
         """Write what is due, or leave it for later; `look` whether Redis still has what we wrote, if nothing is due."""
+        self._write_merged()
         if time.monotonic() < self._retry_at:
             self._keep_within_bounds()
             return
