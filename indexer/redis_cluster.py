@@ -64,7 +64,9 @@ class Topology:
         self.is_old = False
 
     def divide(self, commands: Sequence[Command], places: Sequence[int]) -> dict[Node, list[int]]:
-        """Say which of some commands, by their places, go to which node. Raises `ConnectionError` where none has them."""
+        """Say which of some commands, by their places, go to which node. Raises `ConnectionError` where none has
+        them.
+        """
         divided: dict[Node, list[int]] = {}
         for place in places:
             node = self._owners[key_slot(_key_of(commands[place]))]
@@ -89,12 +91,12 @@ def _key_of(command: Command) -> bytes:
     return key
 
 
-def _first_error(shown: str, answers: list[Any]) -> list[Any]:
+def _first_error(shown: str, answers: list[Any], *, full: bool = False) -> list[Any]:
     # of a slot that is on its way to another node some keys are here and some there: that passes
     for answer in answers:
         if isinstance(answer, (AskError, TryAgainError)):
             raise IndexUnavailable(f"{shown}: a part of the index is being moved to another node")
-    return accepted(shown, answers)
+    return accepted(shown, answers, full=full)
 
 
 class ClusterStore:
@@ -108,7 +110,7 @@ class ClusterStore:
         self._topology = Topology()
         self._lock = threading.Lock()
 
-    def run(self, commands: Sequence[Command], *, again: bool = True) -> list[Any]:
+    def run(self, commands: Sequence[Command], *, again: bool = True, full: bool = False) -> list[Any]:
         """Run commands, see `Store.run`."""
         answers: list[Any] = [None] * len(commands)
         todo = list(range(len(commands)))
@@ -124,7 +126,7 @@ class ClusterStore:
                 todo = sorted([*moved, *(broken if again and not attempt else [])])
         except RedisError as error:
             raise unavailable(self.shown, error) from error
-        return _first_error(self.shown, answers)
+        return _first_error(self.shown, answers, full=full)
 
     def _exchange(self, commands: Sequence[Command], todo: Sequence[int], answers: list[Any]) -> None:
         """Ask all nodes, then hear all of them. What fails has the error in its place."""

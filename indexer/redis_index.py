@@ -8,10 +8,12 @@ source is written anew from its ledger. So a fault costs time, never truth.
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
 import structlog
+from redis.exceptions import OutOfMemoryError
 
 from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import IndexUnavailable
@@ -20,7 +22,7 @@ from indexer.groups import GroupSpec
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
-from indexer.redis_layout import MAX_SLOTS, Names, Part, bit_of, field_of
+from indexer.redis_layout import MAX_SLOTS, Names, bit_of, field_of
 from indexer.redis_log import Replayed, log_blocks, log_copies
 from indexer.redis_opening import layout_of, open_store
 from indexer.redis_reader import Questions, ask
@@ -43,6 +45,7 @@ from indexer.redis_url import parse_url
 from indexer.redis_writer import Value, Write, Writer, Written, builder_of
 from indexer.tracking import Tracked, TrackingIndex
 
+FULL = "full: Redis has no memory for what this source holds"
 UNREADABLE = "lost: what was known of this source could not be read from Redis"
 
 _ENTRY = 4096
@@ -109,7 +112,7 @@ class RedisIndex(TrackingIndex):
         self._log = structlog.get_logger("indexer")
         self._buffer_bytes = buffer_bytes
         self._writer = Writer(self._store)
-        self._sweeper = Sweeper(self._store, self._layout, self._writer.builder)
+        self._sweeper = Sweeper(self._store, self._layout, self._writer)
         self._mirrors: dict[Slot, _Mirror] = {}
         self._merged: _Merged | None = None
         self._unpublished: dict[Source, Tracked] = {}
@@ -123,6 +126,10 @@ class RedisIndex(TrackingIndex):
         """Sources that another builder follows now: nothing of them is written here any more."""
         self._shown: dict[Source, _Outlook] = {}
         """What else the records of sources say, see `_outlook`."""
+        self._begun: dict[Source, set[int]] = {}
+        """Slot numbers under which stale sources were begun to be written."""
+        self._shed: set[Source] = set()
+        """Stale sources of which nothing is in Redis, because it is full."""
         self._gone: dict[Source, Tracked] = {}
         """Sources that were forgotten and are still in Redis."""
         self._fresh: list[_Mirror] = []
@@ -232,37 +239,54 @@ class RedisIndex(TrackingIndex):
         if merged is None or self._is_unwritten(merged.tracked):
             return
         tracked, _, mirror, hashes, keys, held = merged
-        number = mirror.number
         mirror.logged += len(hashes)
+        for write in (self._holds if held else self._releases)(tracked, mirror, hashes, keys):
+            self._writer.add(write)
+
+    def _holds(
+        self, tracked: Tracked, mirror: _Mirror, hashes: Sequence[EngineHash], keys: Sequence[BlockKey]
+    ) -> Iterator[Write]:
+        """Make the writes of blocks that a slot holds from now on."""
+        number = mirror.number
+        for part, places in self._layout.of(tracked.model).divide(keys):
+            for at in range(0, len(places), AT_ONCE):
+                some = places[at : at + AT_ONCE]
+                mine = [keys[place] for place in some]
+                entry = log_blocks([hashes[place] for place in some], mine, held=True)
+                first = part.blocks([key for key in mine if _counted(mirror.keys, key, held=True)])
+                values = bit_of(number), entry
+                yield Write(tracked, part, HOLD, part.guard(number), [part.log(number), *first], values)
+
+    def _releases(
+        self, tracked: Tracked, mirror: _Mirror, hashes: Sequence[EngineHash], keys: Sequence[BlockKey]
+    ) -> Iterator[Write]:
+        """Make the writes of blocks that a slot holds no longer."""
+        number = mirror.number
         for part, places in self._layout.of(tracked.model).divide(keys):
             mine = [keys[place] for place in places]
-            entry = log_blocks([hashes[place] for place in places], mine, held=held)
-            first = [key for key in mine if _counted(mirror.keys, key, held=held)]
+            last = [key for key in mine if _counted(mirror.keys, key, held=False)]
+            guard, log = part.guard(number), part.log(number)
+            for at in range(0, len(last), AT_ONCE):
+                blocks = part.blocks(last[at : at + AT_ONCE])
+                yield Write(tracked, part, RELEASE, guard, blocks, (bit_of(number),), frees=True)
             # a log may say too much, never too little: from it the bits are taken back
-            if held:
-                self._append(tracked, part, mirror, entry)
-            for at in range(0, len(first), AT_ONCE):
-                blocks = part.blocks(first[at : at + AT_ONCE])
-                self._add(tracked, part, HOLD if held else RELEASE, part.guard(number), blocks, bit_of(number))
-            if not held:
-                self._append(tracked, part, mirror, entry)
+            entry = log_blocks([hashes[place] for place in places], mine, held=False)
+            yield Write(tracked, part, APPEND, guard, [log], (entry,), frees=True)
 
-    def _write_copies(self, tracked: Tracked, slot: Slot, hashes: Sequence[EngineHash]) -> None:
+    def _write_copies(self, tracked: Tracked, slot: Slot, hashes: Iterable[EngineHash]) -> None:
+        for write in self._copies(tracked, slot, self._mirrors[slot], hashes):
+            self._writer.add(write)
+
+    def _copies(self, tracked: Tracked, slot: Slot, mirror: _Mirror, hashes: Iterable[EngineHash]) -> Iterator[Write]:
+        """Make the writes of how many copies a slot has of some blocks."""
         for name in hashes:
             if name in slot.held:  # else it goes with a change that follows
                 part = self._layout.of(tracked.model).part_of(slot.held[name])
-                self._append(tracked, part, self._mirrors[slot], log_copies(name, slot.copies.get(name, 1)))
+                entry = log_copies(name, slot.copies.get(name, 1))
+                yield Write(tracked, part, APPEND, part.guard(mirror.number), [part.log(mirror.number)], (entry,))
 
     def _is_unwritten(self, tracked: Tracked) -> bool:
         return tracked.source in self._stale or tracked.source in self._lost
-
-    def _append(self, tracked: Tracked, part: Part, mirror: _Mirror, entry: bytes) -> None:
-        self._add(tracked, part, APPEND, part.guard(mirror.number), [part.log(mirror.number)], entry)
-
-    def _add(
-        self, tracked: Tracked, part: Part, script: str, guard: bytes, keys: Sequence[bytes], *values: Value
-    ) -> None:
-        self._writer.add(Write(tracked, part, script, guard, keys, values))
 
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
         number = -1
@@ -341,9 +365,10 @@ class RedisIndex(TrackingIndex):
                 tracked = self._tracked.pop(source)
                 for slot in tracked.ledger.slots.values():
                     self._mirrors.pop(slot, None)
-                for known in (self._stale, self._unpublished, self._shown):
+                for known in (self._stale, self._unpublished, self._shown, self._begun):
                     known.pop(source, None)
                 self._lost.discard(source)
+                self._shed.discard(source)
                 self._unclaimed.discard(source)
 
     # ---- writing
@@ -371,6 +396,9 @@ class RedisIndex(TrackingIndex):
                 # what is left of them in other parts is found by the sweep, as of all numbers that nobody came to use
                 self._store.run([("SETBIT", names.numbers, number, 1) for number in self._used.get(names, ())])
                 self._unmarked.discard(names)
+            for tracked in [tracked for source, tracked in self._stale.items() if source not in self._shed]:
+                if self._writer.is_full:
+                    self._shed_source(tracked)
             # later than what was due: in that may be what these sources were before
             for tracked in list(self._stale.values()):
                 self._rewrite(tracked)
@@ -397,6 +425,9 @@ class RedisIndex(TrackingIndex):
     def _judge(self, written: Written) -> None:
         if written.lost:
             self._start_over(written.lost)
+        for write in written.unheld:
+            if self._is_current(write):
+                self._stale[write.tracked.source] = write.tracked
         self._look_who_follows(
             list({write.tracked.source: write.tracked for write in written.refused if self._is_current(write)}.values())
         )
@@ -450,11 +481,12 @@ class RedisIndex(TrackingIndex):
             keys, values = self._retirement(names, self._recorded(names, tracked.source))
             field = field_of(tracked.source)
             owner = names.owner(tracked.source)
-            write = Write(tracked, names.home, LEAVE, owner, keys, (field, b"", _step(), *values))
+            write = Write(tracked, names.home, LEAVE, owner, keys, (field, b"", _step(), *values), frees=True)
             self._judge(self._writer.write([write]))  # refused: it is another's by now, or gone already
             self._questions.forget(tracked.model)
             self._shown.pop(tracked.source, None)
             self._lost.discard(tracked.source)
+            self._shed.discard(tracked.source)
         self._gone.pop(tracked.source, None)
 
     def _failed(self, error: IndexUnavailable) -> None:
@@ -466,6 +498,9 @@ class RedisIndex(TrackingIndex):
         self._counters["write_failures_total"] += 1
         self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._writer.due_bytes)
         self._writer.fail()
+        if isinstance(error.__cause__, OutOfMemoryError) and not self._writer.is_full:
+            with suppress(IndexUnavailable):
+                self._writer.note_full()
         self._retry_at = time.monotonic() + self._backoff
         self._backoff = min(2 * self._backoff, _BACKOFF_S[1])
         self._keep_within_bounds()
@@ -507,7 +542,7 @@ class RedisIndex(TrackingIndex):
         # what readers see from then on has to be there; on one server it is, in the order in which it is written
         is_last = bool(step) and len(names.parts) > 1
         values = [field_of(tracked.source), record, step, *values]
-        return Write(tracked, names.home, PUBLISH, owner, keys, values, is_last)
+        return Write(tracked, names.home, PUBLISH, owner, keys, values, frees=True, is_last=is_last)
 
     def _retirement(self, names: Names, gone: dict[int, bytes]) -> tuple[list[bytes], list[Value]]:
         """Give the keys and the last values of a script that retires slots."""
@@ -515,18 +550,21 @@ class RedisIndex(TrackingIndex):
         return keys, [secrets.token_hex(8), *(value for pair in gone.items() for value in pair)]
 
     def _recorded(self, names: Names, source: Source) -> dict[int, bytes]:
-        """Give the slots that the record of a source has, each with what its guard says."""
+        """Give the slots that Redis has of a source, each with whose it is."""
         (value,) = self._store.run([("HGET", names.directory, field_of(source))])
         records = decode_records({b"": value} if value else {})
         numbers = [slot.number for record in records for slot in record.slots]
         guards = self._store.run([("GET", names.home.guard(number)) for number in numbers])
         found = zip(numbers, guards, strict=True)
-        return {number: guard for number, guard in found if builder_of(guard) == records[0].builder}
+        known = {number: guard for number, guard in found if builder_of(guard) == records[0].builder}
+        return known | dict.fromkeys(self._begun.get(source, ()), self._writer.me)
 
-    def _record(self, tracked: Tracked) -> SourceRecord:
+    def _record(self, tracked: Tracked, *, says: str = "") -> SourceRecord:
+        """Make a source's record; one that says why nothing is in Redis of it has no slots."""
         ledger = tracked.ledger
         outlook = _outlook(tracked, bare=tracked.model in self._bare_models)
         degraded, bare, _ = self._shown[tracked.source] = outlook
+        known = () if says else ledger.slots.values()
         slots = [
             SlotRecord(
                 self._mirrors[slot].number,
@@ -536,7 +574,7 @@ class RedisIndex(TrackingIndex):
                 len(slot.held),
                 slot.seen is not None,
             )
-            for slot in ledger.slots.values()
+            for slot in known
         ]
         groups = [(number, spec.block_size, spec.tail) for number, spec in ledger.groups.items()]
         return SourceRecord(
@@ -545,7 +583,7 @@ class RedisIndex(TrackingIndex):
             tracked.fleet_wide,
             tracked.copies,
             tracked.reason,
-            degraded,
+            says or degraded,
             tracked.since,
             bare,
             tracked.last_seq,
@@ -554,19 +592,38 @@ class RedisIndex(TrackingIndex):
             slots,
         )
 
+    def _shed_source(self, tracked: Tracked) -> None:
+        """Take a source that Redis has no room for out of it, until there is: what it has of it is out of date."""
+        if not self._keep_source(tracked):
+            return
+        names = self._layout.of(tracked.model)
+        keys, values = self._retirement(names, self._recorded(names, tracked.source))
+        record = encode_record(self._record(tracked, says=FULL))
+        owner, field = names.owner(tracked.source), field_of(tracked.source)
+        write = Write(tracked, names.home, PUBLISH, owner, keys, (field, record, _step(), *values), frees=True)
+        written = self._writer.write([write])
+        if written.unheld or written.refused:
+            return
+        self._log.warning("redis_full", pod=tracked.source.pod, rank=tracked.source.rank)
+        self._begun.pop(tracked.source, None)
+        self._shed.add(tracked.source)
+        self._questions.forget(tracked.model)
+
     def _rewrite(self, tracked: Tracked) -> None:
         """Write a source anew from its ledger, under new slot numbers; the old ones are swept."""
         names = self._layout.of(tracked.model)
         self._stale[tracked.source] = tracked
-        if not self._claim(tracked, by_force=tracked.source in self._unclaimed):
-            self._stale.pop(tracked.source)
-            self._lost.add(tracked.source)
+        if not self._keep_source(tracked):
             return
+        numbers = [self._mirrors[slot].number for slot in tracked.ledger.slots.values()]
+        self._begun.setdefault(tracked.source, set()).update(number for number in numbers if number >= 0)
         old = self._recorded(names, tracked.source)
+        self._shed.discard(tracked.source)  # where this fails, what is written by then has to go
         for slot in tracked.ledger.slots.values():
             self._write_slot(tracked, slot)
         self._note_models()
         self._write_now([self._publication(tracked, old, _step())])
+        self._begun.pop(tracked.source, None)
         self._stale.pop(tracked.source)
         self._unclaimed.discard(tracked.source)
         self._questions.forget(tracked.model)
@@ -575,8 +632,16 @@ class RedisIndex(TrackingIndex):
 
     def _note_models(self) -> None:
         """Say which models there are; in a cluster that may get lost while all else stays."""
-        models = {tracked.model for tracked in self._tracked.values()}
-        self._store.run([("HSET", self._layout.models, self._layout.of(model).tag, model.encode()) for model in models])
+        models = {self._layout.of(tracked.model).tag: tracked.model for tracked in self._tracked.values()}
+        self._store.run([("HSET", self._layout.models, tag, name.encode()) for tag, name in models.items()], full=True)
+
+    def _keep_source(self, tracked: Tracked) -> bool:
+        """Make a stale source this builder's own again, unless another builder follows it now."""
+        is_mine = self._claim(tracked, by_force=tracked.source in self._unclaimed)
+        if not is_mine:
+            self._stale.pop(tracked.source)
+            self._lost.add(tracked.source)
+        return is_mine
 
     def _claim(self, tracked: Tracked, *, by_force: bool) -> bool:
         """Make a source this builder's own; from then on what others still say of it is refused.
@@ -587,7 +652,8 @@ class RedisIndex(TrackingIndex):
         (before,) = self._store.run([("GET", owner)])
         if before is not None and not by_force and not self._writer.is_mine(before):
             return False
-        (done,) = self._store.run([("EVAL", SWAP, 1, owner, self._writer.me, before or b"")], again=False)
+        swap = self._writer.script(SWAP)
+        (done,) = self._store.run([("EVAL", swap, 1, owner, self._writer.me, before or b"")], again=False)
         if not done:
             raise IndexUnavailable(f"{self._store.shown}: two builders claim source {tracked.source} at once")
         return True
@@ -598,17 +664,11 @@ class RedisIndex(TrackingIndex):
         if number < 0:
             raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
         mirror = self._mirrors[slot] = _Mirror(number, published=True)
+        self._begun.setdefault(tracked.source, set()).add(number)
         slot.bit = 1 << number
-        for key in slot.held.values():
-            mirror.keys[key] = mirror.keys.get(key, 0) + 1
         mirror.logged = len(slot.held)
-        writes = self._logs(tracked, slot, number)
-        keys = list(mirror.keys)
-        for part, places in self._layout.of(tracked.model).divide(keys):
-            for at in range(0, len(places), AT_ONCE):
-                blocks = part.blocks([keys[place] for place in places[at : at + AT_ONCE]])
-                writes.append(Write(tracked, part, HOLD, part.guard(number), blocks, (bit_of(number),)))
-        self._write_now(writes)
+        self._write_now([*self._holds(tracked, mirror, list(slot.held), list(slot.held.values()))])
+        self._write_now([*self._copies(tracked, slot, mirror, slot.copies)])
 
     def _logs(self, tracked: Tracked, slot: Slot, number: int) -> list[Write]:
         """Make the writes of a slot's whole ledger."""
@@ -636,6 +696,8 @@ class RedisIndex(TrackingIndex):
             written = self._writer.write(writes[at : at + _AT_A_TIME])
             if written.lost:
                 self._start_over(written.lost)
+            if written.unheld:
+                raise IndexUnavailable(f"{self._store.shown}: there is no memory for more")
             if written.lost or written.refused:
                 source = writes[0].tracked.source
                 raise IndexUnavailable(f"{self._store.shown}: source {source} was taken over while it was written")
@@ -671,7 +733,9 @@ class RedisIndex(TrackingIndex):
             self._stale[tracked.source] = tracked  # begins anew under other numbers
             return
         tracked.incarnation = record.incarnation
-        tracked.reason, tracked.since, tracked.last_seq = record.reason, record.since, record.last_seq
+        # what waited for a parent or for tokens is not in Redis: what the ledger said of that stands until a reset
+        tracked.reason, tracked.since = record.reason or record.degraded, record.since or time.time()
+        tracked.last_seq = record.last_seq
         ledger = tracked.ledger
         ledger.groups.update({number: GroupSpec(size, tail) for number, size, tail in record.groups})
         if record.bare_images:

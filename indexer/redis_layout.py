@@ -1,7 +1,7 @@
 """What an index looks like in Redis: names of keys. No I/O.
 
-The blocks of a model are divided by their keys into *parts*. What belongs to a part lies in one hash slot of a cluster, so
-that a script may change it in one step; a single server has one part. With each part lie
+The blocks of a model are divided by their keys into *parts*. What belongs to a part lies in one hash slot of a cluster,
+so that a script may change it in one step; a single server has one part. With each part lie
 
 * ``b<block key>``: a string of bits, one for each slot that holds the block;
 * ``l<model>.<slot>``: the ledger of a slot, as a log: what its engine's hashes stand for;
@@ -16,9 +16,9 @@ With the first part of a model, its home, lie
 * ``r<model>``: slots that are to be swept; ``s<model>``: the lock of whoever sweeps;
 * ``o<model>.<source>``: the builder that follows a source.
 
-``models`` is a hash of all models, by the tag that stands for them in other keys; ``builders`` and ``leases`` say who is
-there, and which pods are whose for how long. Numbers of slots are given out per model, as only sources of one model ever
-hold the same blocks: so bits stay few.
+``models`` is a hash of all models, by the tag that stands for them in other keys; ``builders`` and ``leases`` say who
+is there, and which pods are whose for how long. Numbers of slots are given out per model, as only sources of one model
+ever hold the same blocks: so bits stay few.
 """
 
 import struct

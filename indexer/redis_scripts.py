@@ -1,13 +1,16 @@
 """What is done in Redis in one step.
 
-Most begin with a key and the value that it must have, else they do nothing and give 0. For blocks and logs it is the guard
-of the slot, for records the owner of the source: both say which builder writes, ``<builder>.<epoch>``. So once another
-builder took a source over, or the database began empty, what the first still has to say is refused; and a builder that
-does not know what became of something it wrote begins a new epoch, before which nothing can arrive late.
+Most begin with a key and the value that it must have, else they do nothing and give 0. For blocks and logs it is the
+guard of the slot, for records the owner of the source: both say which builder writes, ``<builder>.<epoch>``. So once
+another builder took a source over, or the database began empty, what the first still has to say is refused; and a
+builder that does not know what became of something it wrote begins a new epoch, before which nothing can arrive late.
 """
 
 AT_ONCE = 512
 """Blocks that one script call changes: Redis does nothing else meanwhile, for about a quarter of a millisecond."""
+
+WHEN_FULL = "#!lua flags=allow-oom\n"
+"""Put before a script that frees memory, or says that it has to be: it is done though Redis is full (Redis 7)."""
 
 _GUARDED = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
@@ -56,10 +59,12 @@ return lost
 HOLD = (
     _GUARDED
     + """
-for at = 2, #KEYS do redis.call('SETBIT', KEYS[at], ARGV[2], 1) end
+redis.call('APPEND', KEYS[2], ARGV[3])
+for at = 3, #KEYS do redis.call('SETBIT', KEYS[at], ARGV[2], 1) end
 return 1
 """
 )
+"""Adds a slot to blocks, and says so in its log, first: from the log the bits are taken back."""
 
 _RELEASE = """
 local bit = ARGV[#ARGV]

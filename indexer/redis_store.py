@@ -7,7 +7,7 @@ import hiredis
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, RedisError, ResponseError  # noqa: A004
+from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError  # noqa: A004
 from redis.retry import Retry
 
 from indexer.errors import IndexUnavailable, InvalidQuestion
@@ -24,11 +24,12 @@ class Store(Protocol):
     shown: str
     """Where, without the password."""
 
-    def run(self, commands: Sequence[Command], *, again: bool = True) -> list[Any]:
+    def run(self, commands: Sequence[Command], *, again: bool = True, full: bool = False) -> list[Any]:
         """Run commands, those of one hash slot one after the other, and give their answers.
 
-        `again` tries once more at once where a connection breaks; then each may be done twice. Raises `IndexUnavailable`
-        when Redis does not answer or refuses one of them; the others may have been done.
+        `again` tries once more at once where a connection breaks; then each may be done twice. Raises
+        `IndexUnavailable` when Redis does not answer or refuses one of them; the others may have been done. With
+        `full`, those for which Redis has no memory have an `OutOfMemoryError` as their answer.
         """
 
     def close(self) -> None:
@@ -52,7 +53,7 @@ class ServerStore:
         self.shown = url.shown
         self._pool = pool_of(url, url.urls[0])
 
-    def run(self, commands: Sequence[Command], *, again: bool = True) -> list[Any]:
+    def run(self, commands: Sequence[Command], *, again: bool = True, full: bool = False) -> list[Any]:
         """Run commands, see `Store.run`."""
         if not commands:
             return []
@@ -66,7 +67,7 @@ class ServerStore:
                 answers = self._exchange(packed, len(commands))
         except RedisError as error:
             raise unavailable(self.shown, error) from error
-        return accepted(self.shown, answers)
+        return accepted(self.shown, answers, full=full)
 
     def _exchange(self, packed: bytes, count: int) -> list[Any]:
         connection = self._pool.get_connection()
@@ -148,10 +149,10 @@ def packed_of(commands: Sequence[Command]) -> bytes:
     )
 
 
-def accepted(shown: str, answers: list[Any]) -> list[Any]:
-    """Give answers none of which says no."""
+def accepted(shown: str, answers: list[Any], *, full: bool = False) -> list[Any]:
+    """Give answers none of which says no; with `full`, none but for want of memory."""
     for answer in answers:
-        if isinstance(answer, RedisError):
+        if isinstance(answer, RedisError) and not (full and isinstance(answer, OutOfMemoryError)):
             raise unavailable(shown, answer) from answer
     return answers
 

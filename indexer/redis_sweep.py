@@ -11,6 +11,7 @@ from indexer.redis_log import Replayed
 from indexer.redis_records import decode_records, pairs_of
 from indexer.redis_scripts import ADVANCE, AT_ONCE, CLOSE, FREE, RELEASE_DYING, SWEPT
 from indexer.redis_store import Command, Store
+from indexer.redis_writer import Writer
 
 _SWEEP_BYTES = 64 * 1024
 """Bytes of logs that are read at a time, over all parts."""
@@ -37,7 +38,8 @@ class _Dying(NamedTuple):
     @property
     def mark(self) -> bytes:
         """What the part says of it. If it says something else when a step is done, somebody else went on, or the number
-        was swept and is in use again."""
+        was swept and is in use again.
+        """
         return b"%b:%d" % (self.once, self.place)
 
     @property
@@ -49,14 +51,15 @@ class _Dying(NamedTuple):
 class Sweeper:
     """One builder's part in it: whoever has the lock of a model sweeps that, in portions, and any other may go on.
 
-    The lock only spares work. What keeps one that stands still and wakes up late from harm is that each step names what it
-    goes on from: a retirement at home, a guard when a part is closed, a mark in the part.
+    The lock only spares work. What keeps one that stands still and wakes up late from harm is that each step names what
+    it goes on from: a retirement at home, a guard when a part is closed, a mark in the part.
     """
 
-    def __init__(self, store: Store, layout: Layout, builder: bytes) -> None:
+    def __init__(self, store: Store, layout: Layout, writer: Writer) -> None:
         self._store = store
         self._layout = layout
-        self._builder = builder
+        self._builder = writer.builder
+        self._script = writer.script
         self._log = structlog.get_logger("indexer")
         self._orphans: dict[tuple[bytes, int], float] = {}
         """Slot numbers that no source has, and since when."""
@@ -78,14 +81,14 @@ class Sweeper:
                     dying = self._sweep_some(dying)
                     done += 1
                 if not dying and not any(self._store.run([("HGET", part.dying, number) for part in names.parts])):
-                    free: Command = ("EVAL", FREE, 2, names.retired, names.numbers, retirement, number)
+                    free: Command = ("EVAL", self._script(FREE), 2, names.retired, names.numbers, retirement, number)
                     swept += self._store.run([free])[0]
         return done, swept
 
     def _may_sweep(self, names: Names) -> bool:
-        taken, owner = self._store.run(
-            [("SET", names.sweeper, self._builder, "NX", "PX", _SWEEP_LOCK_MS), ("GET", names.sweeper)]
-        )
+        take: Command = ("SET", names.sweeper, self._builder, "NX", "PX", _SWEEP_LOCK_MS)
+        taken, owner = self._store.run([take, ("GET", names.sweeper)], full=True)
+        # where Redis is full it takes no lock, and all the more has to be swept
         return bool(taken) or owner == self._builder
 
     def _close(self, names: Names, number: int, retirement: bytes) -> list[_Dying]:
@@ -97,7 +100,16 @@ class Sweeper:
             return []
         self._store.run(
             [
-                ("EVAL", CLOSE, 2, part.guard(number), part.dying, guard, number, secrets.token_hex(8) + ":0")
+                (
+                    "EVAL",
+                    self._script(CLOSE),
+                    2,
+                    part.guard(number),
+                    part.dying,
+                    guard,
+                    number,
+                    secrets.token_hex(8) + ":0",
+                )
                 for part, guard in zip(names.parts, guards, strict=True)
                 if guard
             ]
@@ -117,15 +129,15 @@ class Sweeper:
             part, log, number, mark = one.part, one.log, one.number, one.mark
             for at in range(0, len(replayed.mentioned), AT_ONCE):
                 keys = [part.dying, *part.blocks(replayed.mentioned[at : at + AT_ONCE])]
-                commands.append(("EVAL", RELEASE_DYING, len(keys), *keys, mark, number, bit_of(number)))
+                commands.append(("EVAL", self._script(RELEASE_DYING), len(keys), *keys, mark, number, bit_of(number)))
             after = one._replace(place=one.place + replayed.read)
             if replayed.broken:
                 self._log.warning("redis_log_unreadable", key=log.decode(errors="replace"))
-                commands.append(("EVAL", ADVANCE, 1, part.dying, mark, number, one.once + b":" + _NEVER))
+                commands.append(("EVAL", self._script(ADVANCE), 1, part.dying, mark, number, one.once + b":" + _NEVER))
             elif len(portion) < size and replayed.read == len(portion):  # the end: nobody writes it any more
-                commands.append(("EVAL", SWEPT, 2, part.dying, log, mark, number))
+                commands.append(("EVAL", self._script(SWEPT), 2, part.dying, log, mark, number))
             else:
-                commands.append(("EVAL", ADVANCE, 1, part.dying, mark, number, after.mark))
+                commands.append(("EVAL", self._script(ADVANCE), 1, part.dying, mark, number, after.mark))
                 left.append(after)
         # where it took us so long that somebody else goes on, that is theirs
         return left if all(self._store.run(commands)) else []
@@ -161,6 +173,6 @@ class Sweeper:
         for number in lost:
             if now - self._orphans.setdefault((tag, number), now) > _ORPHAN_S:
                 retirement = secrets.token_hex(8).encode()
-                if self._store.run([("HSETNX", names.retired, number, retirement)])[0]:
+                if self._store.run([("HSETNX", names.retired, number, retirement)], full=True) == [1]:
                     retired[number] = retirement
         return retired

@@ -23,9 +23,9 @@ class RedisUrl(NamedTuple):
     """Without the password."""
     urls: tuple[str, ...]
     """For the client library: that of the server, or of each node of a cluster that is known."""
-    is_cluster: bool
     prefix: str
     timeout_s: float
+    is_cluster: bool
 
     def of_node(self, host: str, port: int) -> str:
         """Give the URL of another node of the same cluster."""
@@ -37,8 +37,8 @@ class RedisUrl(NamedTuple):
 def parse_url(text: str) -> RedisUrl:
     """Read ``redis://user:password@host:port/db?prefix=kvindex:&timeout=1.0``, or one of a cluster.
 
-    That is ``redis+cluster://user:password@host:port,host:port?...``: some of its nodes, from which the others are known.
-    Raises `InvalidQuestion` for options that are not known.
+    That is ``redis+cluster://user:password@host:port,host:port?...``: some of its nodes, from which the others are
+    known. Raises `InvalidQuestion` for options that are not known.
     """
     try:
         parts = urlsplit(text)
@@ -67,22 +67,25 @@ def parse_url(text: str) -> RedisUrl:
         if not parts.hostname and parts.scheme != "unix":
             raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:{_PORT}")
         scheme = _SCHEMES.get(parts.scheme, parts.scheme)
-        return RedisUrl(shown, (urlunsplit((scheme, parts.netloc, parts.path, query, "")),), False, prefix, timeout_s)
+        return RedisUrl(
+            shown, (urlunsplit((scheme, parts.netloc, parts.path, query, "")),), prefix, timeout_s, is_cluster=False
+        )
     if parts.path.strip("/") not in ("", "0") or options.get("db", "0") != "0":
         raise InvalidQuestion(f"index URL {shown}: a cluster has no databases but 0")
     scheme = _SCHEMES[parts.scheme.removesuffix(CLUSTER)]
     urls = [urlunsplit((scheme, f"{user}{at}{_node(one, shown)}", "", "", "")) for one in place.split(",") if one]
-    return RedisUrl(shown, tuple(urls), True, prefix, timeout_s)
+    return RedisUrl(shown, tuple(urls), prefix, timeout_s, is_cluster=True)
 
 
 def _node(place: str, shown: str) -> str:
+    parts = SplitResult("", place, "", "", "")
     try:
-        parts = SplitResult("", place, "", "", "")
-        if not parts.hostname:
-            raise ValueError("a node without a host")
-        return _place(parts.hostname, parts.port or _PORT)
+        host, port = parts.hostname, parts.port
     except ValueError as error:
         raise InvalidQuestion(f"index URL {shown}: {error}") from None
+    if not host:
+        raise InvalidQuestion(f"index URL {shown}: a node without a host")
+    return _place(host, port or _PORT)
 
 
 def _place(host: str, port: int) -> str:

@@ -1,17 +1,25 @@
-"""What a builder has to write: in order, in portions, within bounds, and so that it learns when Redis lost some of it."""
+"""What a builder has to write: in order, in portions, within bounds, and so that it learns when Redis lost some of
+it.
+"""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
+from redis.exceptions import OutOfMemoryError
+
 from indexer.base import Source
 from indexer.redis_layout import Part
-from indexer.redis_scripts import RENEW
-from indexer.redis_store import Command, Store
+from indexer.redis_scripts import RENEW, WHEN_FULL
+from indexer.redis_store import Command, Store, unavailable
 from indexer.tracking import Tracked
 
 _PORTION = 256 * 1024
 """Bytes, about, that are written in one round trip: each has the time that an answer may take."""
+
+_FREES_SINCE = 7
+"""The version of Redis from which on scripts can be done though it is full."""
 
 _RENEWED = 512
 """Script calls for a new epoch in one round trip."""
@@ -33,6 +41,8 @@ class Write(NamedTuple):
     """The key that says who writes."""
     keys: Sequence[bytes]
     values: Sequence[Value]
+    frees: bool = False
+    """It makes room, or says that there is too little: it has to be done also where Redis is full."""
     is_last: bool = False
     """It must not be done before all that is due before it, wherever that is."""
 
@@ -53,14 +63,17 @@ class Written(NamedTuple):
     """What was not done: somebody else writes that now, or Redis lost who does."""
     lost: set[bytes]
     """Tags of models of which Redis lost what was written before."""
+    unheld: list[Write]
+    """What was not done because Redis is full."""
 
 
 class Writer:
     """One builder's writes. One thread at a time.
 
     It counts its writes with each part of a model: a server that began empty, or an older copy that took over, has
-    another count. After a failure nobody knows what was done, and what was not done may still come: so `fail` begins a new
-    epoch, and all that is the builder's own has to be taken over to it with `renew` before anything else is written.
+    another count. After a failure nobody knows what was done, and what was not done may still come: so `fail` begins a
+    new epoch, and all that is the builder's own has to be taken over to it with `renew` before anything else is
+    written.
     """
 
     def __init__(self, store: Store) -> None:
@@ -72,6 +85,10 @@ class Writer:
         self._counts: dict[bytes, tuple[int, Part]] = {}
         self._due: list[Write] = []
         self.due_bytes = 0
+        self._can_free: bool | None = None
+        """Whether Redis knows scripts that are done though it is full; None: not asked yet."""
+        self.is_full = False
+        """Redis has no memory for more, and what frees some has to be marked as such."""
 
     @property
     def me(self) -> bytes:
@@ -131,18 +148,43 @@ class Writer:
             count, _ = self._counts.get(key, (0, None))
             commands += [("GET", key), ("SET", key, count + 1, "EX", _COUNT_S)]
         commands += [self._command(write) for write in writes]
-        answers = self._store.run(commands, again=False)
+        answers = self._store.run(commands, again=False, full=True)
+        full = [answer for answer in answers if isinstance(answer, OutOfMemoryError)]
+        if full and not self.is_full:  # then some of it can be done with another word
+            self.note_full()
+            raise unavailable(self._store.shown, full[0]) from full[0]
+        if not full and not all(write.frees for write in writes):
+            self.is_full = False
         lost = set()
-        for key, part, before in zip(counters, parts, answers[::2], strict=False):
+        counted = zip(counters, parts, answers[::2], answers[1::2], strict=False)
+        for key, part, before, after in counted:
             count, _ = self._counts.get(key, (0, None))
             if count and int(before or 0) not in (count, count + 1):
                 lost.add(part.tag)
-            self._counts[key] = (count + 1, part)
-        done = answers[2 * len(counters) :]
-        return Written([write for write, answer in zip(writes, done, strict=True) if not answer], lost)
+            if not isinstance(after, OutOfMemoryError):
+                self._counts[key] = (count + 1, part)
+        done = list(zip(writes, answers[2 * len(counters) :], strict=True))
+        return Written(
+            [write for write, answer in done if not isinstance(answer, OutOfMemoryError) and not answer],
+            lost,
+            [write for write, answer in done if isinstance(answer, OutOfMemoryError)],
+        )
+
+    def note_full(self) -> None:
+        """Hear that Redis has no memory for more. Raises `IndexUnavailable`."""
+        if self._can_free is None:
+            (said,) = self._store.run([("INFO", b"server")])
+            version = re.search(rb"redis_version:(\d+)", said)
+            self._can_free = version is not None and int(version[1]) >= _FREES_SINCE
+        self.is_full = self._can_free
+
+    def script(self, script: str) -> str:
+        """Give a script as it has to be sent where it frees memory, or says that it has to be."""
+        return WHEN_FULL + script if self.is_full else script
 
     def _command(self, write: Write) -> Command:
-        return ("EVAL", write.script, len(write.keys) + 1, write.guard, *write.keys, self.me, *write.values)
+        script = self.script(write.script) if write.frees else write.script
+        return ("EVAL", script, len(write.keys) + 1, write.guard, *write.keys, self.me, *write.values)
 
     def fail(self) -> None:
         """Begin a new epoch: what was written in the one before and is still on its way will be refused."""
@@ -157,7 +199,7 @@ class Writer:
         lost: dict[Source, Tracked] = {}
         for at in range(0, len(guards), _RENEWED):
             some = guards[at : at + _RENEWED]
-            commands: list[Command] = [("EVAL", RENEW, len(keys), *keys, self.me) for _, keys in some]
+            commands: list[Command] = [("EVAL", self.script(RENEW), len(keys), *keys, self.me) for _, keys in some]
             answers = self._store.run(commands, again=False)
             lost |= {tracked.source: tracked for (tracked, _), answer in zip(some, answers, strict=True) if answer}
         self.is_new_epoch = False

@@ -791,10 +791,52 @@ def test_a_full_server(server):
             fleet.tell(source, "apply", (source, [stored(range(1000 * text[0], 1000 * text[0] + 1000), text, size=2)]))
         assert text[0] < 400
     fleet.live(60)
+    for builder in fleet.builders:
+        builder.expire()
     assert isinstance(fleet.reader.match(Prompt(range(8), "m")), list)
     assert not nothing_waits(*fleet.builders)
     server.client.config_set("maxmemory", 0)
     fleet.settle()
+
+
+def test_a_full_server_says_what_it_has_no_room_for(server, monkeypatch):
+    if int(server.client.info("server")["redis_version"].partition(".")[0]) < 7:
+        pytest.skip("before Redis 7 nothing can be freed by a script while it is full")
+    index, memory = RedisIndex(server.url), MemoryIndex()
+    reader, pods = RedisIndex(server.url), [Source(name) for name in "abcdef"]
+    for one in (index, memory):
+        for pod in pods:
+            one.register(pod, model=MODEL)
+    text = {pod: [number] * 16_000 for number, pod in enumerate(pods)}
+
+    def both(what, *args):
+        for one in (index, memory):
+            getattr(one, what)(*args)
+        for _ in range(3):
+            index._retry_at = 0.0
+            index.expire()
+        for pod, tokens in text.items():
+            found, expected = (by_source(one.match(Prompt(tokens, MODEL)))[pod] for one in (reader, memory))
+            if found.degraded:
+                assert found.degraded.startswith("full: ")
+                assert found.tokens == 0
+                shed.add(pod)
+            else:
+                assert found.tokens == expected.tokens
+
+    shed = set()
+    server.client.config_set("maxmemory-policy", "noeviction")
+    server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + 1_500_000)
+    for pod in pods:
+        both("apply", pod, [stored(range(4000), text[pod])])
+    assert 0 < len(shed) < len(pods)
+    for pod in pods:  # what is shed is not written, what is there is taken out although it is full
+        both("apply", pod, [removed(*range(3000, 4000))])
+    for pod in pods[:4]:
+        both("restart", pod)
+    monkeypatch.setattr(redis_sweep, "_ORPHAN_S", 0.0)
+    until(lambda: nothing_waits(index) and same_content(index, memory), index)
+    assert [holding.degraded for holding in reader.match(Prompt(text[pods[5]], MODEL))] == [""] * 6
 
 
 # ---- sweeping
