@@ -25,6 +25,7 @@ from indexer import (
     prompt,
 )
 
+from .redis_cluster import RedisCluster
 from .redis_server import BINARY, RedisServer
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("*.jsonl"))
@@ -118,6 +119,14 @@ def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory) -> Iterator[RedisCluster]:
+    """A Redis Cluster for all tests; who harms it calls its `heal` afterwards."""
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture(scope="session", params=[*IMPLEMENTATIONS, pytest.param("redis", marks=NEEDS_REDIS)])
