@@ -28,9 +28,9 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class _Way:
     """One direction of a connection: what was read from one socket and is not yet written to the other."""
 
-    __slots__ = ("blocked", "chunks", "cost", "done", "ended", "held", "name", "sink", "source")
+    __slots__ = ("blocked", "chunks", "cost", "done", "ended", "held", "name", "sink", "source", "stalled")
 
-    def __init__(self, name: Direction, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, name: Direction, source: socket.socket, sink: socket.socket, *, stalled: bool) -> None:
         self.name = name
         self.source = source
         self.sink = sink
@@ -40,6 +40,7 @@ class _Way:
         """Bytes in all chunks."""
         self.cost = 0
         """Bytes that the chunks take."""
+        self.stalled = stalled
         self.blocked = False
         """The sink takes no more for now."""
         self.ended = False
@@ -65,11 +66,11 @@ class _Connection:
 
     __slots__ = ("back", "client", "connecting", "target", "there")
 
-    def __init__(self, client: socket.socket, target: socket.socket) -> None:
+    def __init__(self, client: socket.socket, target: socket.socket, stalled: set[Direction]) -> None:
         self.client = client
         self.target = target
-        self.there = _Way("there", client, target)
-        self.back = _Way("back", target, client)
+        self.there = _Way("there", client, target, stalled="there" in stalled)
+        self.back = _Way("back", target, client, stalled="back" in stalled)
         self.connecting = True
 
     @property
@@ -95,6 +96,7 @@ class Proxy:
         self._buffer_bytes = buffer_bytes
         self._delay = 0.0
         self._stalled: set[Direction] = set()
+        """Directions in which new connections are stalled from the beginning."""
         self._connections: set[_Connection] = set()
         # The lock is for all of the above and below, and all sockets; the thread gives it away only while it waits.
         self._lock = threading.Lock()
@@ -153,19 +155,29 @@ class Proxy:
         with self._changed():
             self._delay = seconds
 
-    def stall(self, direction: Direction = "both") -> None:
+    def stall(self, direction: Direction = "both", *, new_ones: bool = True) -> None:
         """Deliver nothing until `resume`, not even that a side closed its connection; all of it comes then.
 
         No connection is closed, and new ones are accepted. `direction` lets the other direction flow on: with "back",
-        requests arrive and are done, but nobody hears of it.
+        requests arrive and are done, but nobody hears of it. With `new_ones=False` only the connections that there are
+        now are stalled: what was said on them comes after what is said on those that are made meanwhile.
         """
         with self._changed():
-            self._stalled |= {"there", "back"} if direction == "both" else {direction}
+            self._take_waiting()
+            directions: set[Direction] = {"there", "back"} if direction == "both" else {direction}
+            if new_ones:
+                self._stalled |= directions
+            for connection in self._connections:
+                for way in connection.ways:
+                    way.stalled = way.stalled or way.name in directions
 
     def resume(self) -> None:
         """Deliver what was held by `stall`, and all that follows."""
         with self._changed():
             self._stalled.clear()
+            for connection in self._connections:
+                for way in connection.ways:
+                    way.stalled = False
 
     def cut(self) -> None:
         """End all connections at once, with a reset to both sides; what was on its way is lost. New ones are taken."""
@@ -261,14 +273,14 @@ class Proxy:
         for connection in list(self._connections):
             if self._pump(connection, now):
                 for way in connection.ways:
-                    if way.chunks and not way.blocked and way.name not in self._stalled:
+                    if way.chunks and not way.blocked and not way.stalled:
                         next_due = min(next_due, way.chunks[0][0])
         return None if next_due == float("inf") else max(0.0, next_due - time.monotonic())
 
     def _pump(self, connection: _Connection, now: float) -> bool:
         """Deliver what is due on a connection; say whether it goes on."""
         for way in () if connection.connecting else connection.ways:
-            while way.chunks and not way.blocked and way.name not in self._stalled and way.chunks[0][0] <= now:
+            while way.chunks and not way.blocked and not way.stalled and way.chunks[0][0] <= now:
                 if not self._deliver(way):
                     self._end(connection, reset=True)
                     return False
@@ -328,7 +340,7 @@ class Proxy:
             for end in (client, target):
                 end.settimeout(0)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = _Connection(client, target)
+            connection = _Connection(client, target, self._stalled)
             self._connections.add(connection)
             # What does not work is said when the socket is written to: then it is readable and gives the error.
             target.connect_ex(self._target)

@@ -275,6 +275,21 @@ def test_one_direction_stalls_alone(line, direction):
     assert take(flows, 4) == b"held"
 
 
+def test_new_connections_may_overtake_those_that_stall(line):
+    client, server = line.pair()
+    line.proxy.stall(new_ones=False)
+    client.sendall(b"old")
+    until(lambda: line.proxy.held == 3)
+    other, server_of_other = line.pair()
+    other.sendall(b"new")
+    assert take(server_of_other, 3) == b"new"
+    server_of_other.sendall(b"answer")
+    assert take(other, 6) == b"answer"
+    assert is_silent(server)
+    line.proxy.resume()
+    assert take(server, 3) == b"old"
+
+
 @pytest.mark.parametrize("size", [500, 50_000])
 def test_who_sends_too_much_in_a_stall_has_to_wait(size):
     line = Line(buffer_bytes=100_000)
