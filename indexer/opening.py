@@ -14,8 +14,9 @@ def open_index(url: str = "memory://", *, limits: Limits | None = None) -> Index
     """Open the index that a URL names.
 
     ``memory://`` is an index in this process, in Rust where the compiled core is installed, else in plain Python, with
-    one warning; ``memory://?impl=native`` and ``memory://?impl=python`` ask for one of them. ``redis://``, ``rediss://``,
-    ``valkey://``, ``valkeys://`` and ``unix://`` are an index in Redis or Valkey, see `RedisIndex`.
+    one warning; ``memory://?impl=native`` and ``memory://?impl=python`` ask for one of them. ``redis://``,
+    ``rediss://``, ``valkey://``, ``valkeys://``, ``unix://`` and ``redis+cluster://`` are an index in Redis or Valkey,
+    see `RedisIndex`.
 
     Raises `InvalidQuestion` for a URL that names no index of this version, or a core that is not installed.
     """

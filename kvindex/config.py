@@ -24,7 +24,8 @@ class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Where the index lives."""
 
     url: str = "memory://"
-    """``memory://``, or one that many processes share: ``redis://host:6379/0``, ``valkey://...``, ``unix://path``."""
+    """``memory://``, or one that many processes share: ``redis://host:6379/0``, ``valkey://...``,
+    ``unix://path``, ``redis+cluster://host:6379,host:6379``."""
     role: Literal["all", "builder", "scorer"] = "all"
     """What this process does for a shared index: follow pods, answer questions, or both. All of them serve HTTP."""
     max_bytes: Annotated[int, Meta(ge=1_048_576)] | None = None
