@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -29,7 +30,8 @@ from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payload
 from indexer import Index, Source, keys, open_index, prompt
 from kvevents import Message
 from kvevents.apply import Applier
-from kvevents.queue import MAX_TAKEN, ShardQueue
+from kvevents.message import Publisher
+from kvevents.queue import ShardQueue
 from scorer import PrefixScorer
 
 PODS, SHARE, SHORT, QUESTIONS = 64, 8, 280, 300
@@ -76,12 +78,12 @@ class Worker:
     def __init__(self, index: Index, messages: list[Message]) -> None:
         self._queue = ShardQueue(len(messages) + 1, 1 << 40)
         for message in messages:
-            self._queue.put((message.pod or "", ""), message, wait=True)
+            self._queue.put(Publisher(message.pod or "", ""), message, wait=True)
         self._applier = applier_of(index)
 
     def work(self, enough: Callable[[], bool] = lambda: False) -> None:
-        while (messages := self._queue.take(0)) and not enough():
-            self._applier.apply(messages)
+        while (taken := self._queue.take(0)) and not enough():
+            self._applier.apply(*taken)
             self._queue.done()
 
 
@@ -217,8 +219,8 @@ def memory_of(impl: str, pairs: int, share: int) -> float:
     Worker(open_at(impl), messages_of(make_fleet(CHAIN, pods=PODS, share=1))).work()  # what is set up at first use
     applier = applier_of(index)
     before = resident_bytes()
-    for first in range(0, len(messages), MAX_TAKEN):
-        applier.apply(messages[first : first + MAX_TAKEN])
+    for pod, sent in groupby(messages, lambda message: message.pod or ""):
+        applier.apply(Publisher(pod, ""), list(sent))
     after = resident_bytes()
     assert index.stats()["held"] == fleet.pairs
     return (after - before) / fleet.pairs

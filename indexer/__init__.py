@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from indexer._impl import Prompt, block_keys, implementation
-from indexer.base import Copies, Decoded, Holding, Index, Limits, Run, Source, SourceStatus, tier_of
+from indexer.base import Copies, Decoded, Holding, Index, Limits, Run, Source, SourceStatus, Undecodable, tier_of
 from indexer.errors import IndexerError, IndexUnavailable, InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.keys import ImageItem, TokenIds
@@ -42,6 +42,7 @@ __all__ = [
     "Source",
     "SourceStatus",
     "TokenIds",
+    "Undecodable",
     "block_keys",
     "implementation",
     "open_index",

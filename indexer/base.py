@@ -1,6 +1,6 @@
 """The contract of an index and the values that cross it. Every implementation answers the same questions alike."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -135,8 +135,25 @@ class Decoded(Protocol):
         """The model that the events name, None where they do not."""
 
 
-Decoder: TypeAlias = Callable[[Sequence[bytes | memoryview]], Sequence[Decoded | tuple[str, str]]]
-"""Decodes payload frames; for those that are no batch at all it gives the reason and a detail."""
+Undecodable: TypeAlias = tuple[str, str]
+"""Why a payload frame is no batch at all: the reason, and a detail."""
+
+
+class Decoder(Protocol):
+    """What an index has that reads payload frames itself, so that nobody else has to look at their events."""
+
+    def decode_batches(self, payloads: Sequence[bytes | memoryview], /) -> Sequence[Decoded | Undecodable]:
+        """Decode payload frames in the form in which this index takes events."""
+
+    def apply_payloads(
+        self, source: Source, payloads: Sequence[bytes | memoryview], first_seq: int, /
+    ) -> tuple[int, int, Sequence[Decoded | Undecodable]]:
+        """Decode and apply payload frames of messages numbered `first_seq` and on, up to the first that is not plain.
+
+        Plain is a batch of the source's rank in which every event can be used and none empties the cache. Gives how
+        many were applied, how many events they had, and the rest as `decode_batches` does. Where the source is not
+        registered, none is applied.
+        """
 
 
 class Index(Protocol):
@@ -157,7 +174,7 @@ class Index(Protocol):
 
     @property
     def decoder(self) -> Decoder | None:
-        """A decoder whose events this index applies without looking at them one by one; None where it has none."""
+        """What reads payload frames for this index; None where it takes events as `indexer.events` has them."""
 
     def apply(self, source: Source, events: Events) -> None:
         """Apply the events of a registered source in order. Events that make no sense are counted, see `stats`.

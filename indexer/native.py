@@ -39,8 +39,8 @@ class NativeIndex:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder whose batches this index applies as they are."""
-        return _native.decode_batches
+        """The core itself."""
+        return self._index
 
     def apply(self, source: Source, events: Events) -> None:
         """Apply events in order, see `Index.apply`."""

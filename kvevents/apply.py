@@ -9,9 +9,9 @@ from structlog.typing import FilteringBoundLogger
 
 from indexer import Copies, Decoded, Index, IndexerError, LimitReached, Source
 from kvevents.errors import DecodeError
-from kvevents.message import FLEET_WIDE, Message, parse_topic
+from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.stream import Stream, Verdict
-from kvevents.wire import decode_batches
+from kvevents.wire import decode_batches, name_errors
 
 NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
@@ -38,25 +38,34 @@ class Applier:
         self._model = model
         self._copies: Copies = copies
         self._log = log
-        self._flows: dict[tuple[str, str, int], _Flow] = {}
+        self._flows: dict[Publisher, dict[int, _Flow]] = {}
         self.counters: Counter[str] = Counter()
         self.sequences: dict[Source, int] = {}
 
-    def apply(self, messages: Sequence[Message]) -> None:
-        """Apply messages in order. What cannot be used is counted and logged, never raised.
+    def apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
+        """Apply messages of a publisher in order. What cannot be used is counted and logged, never raised.
 
         Batches that simply follow each other go to the index together: the more at once, the cheaper each.
         """
+        if publisher not in self._flows:
+            self._apply_each(publisher, messages[:1], self._decode(messages[:1]))
+            messages = messages[1:]  # what is known now may be all that the others need
+        if messages:
+            applied, decoded = self._apply_plain(publisher, messages)
+            self._apply_each(publisher, messages[applied:], decoded)
+
+    def _apply_each(
+        self, publisher: Publisher, messages: Sequence[Message], decoded: Sequence[Decoded | DecodeError]
+    ) -> None:
         due: list[Decoded] = []
         source: Source | None = None
         seq = 0
-        decoded = decode_batches([message.payload for message in messages], self._index)
         for message, batch in zip(messages, decoded, strict=True):
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
                 continue
-            key = (message.endpoint, message.pod or parse_topic(message.topic).pod, batch.rank or 0)
-            flow = self._flows.get(key) or self._begin(key, message, batch)
+            flows = self._flows.get(publisher, {})
+            flow = flows.get(batch.rank or 0) or self._begin(publisher, message, batch)
             if flow is None:
                 continue
             verdict = flow.stream.observe(message.seq)
@@ -76,10 +85,32 @@ class Applier:
         if source is not None:
             self._hand_over(source, due, seq)
 
-    def distrust(self, messages: Sequence[Message]) -> None:
-        """Call the sources of messages degraded that may not have been applied."""
-        pods = {message.pod or parse_topic(message.topic).pod for message in messages}
-        for source in {flow.source for flow in self._flows.values() if flow.source.pod in pods}:
+    def _apply_plain(
+        self, publisher: Publisher, messages: Sequence[Message]
+    ) -> tuple[int, Sequence[Decoded | DecodeError]]:
+        """Do what `_apply_each` does for messages that only go on; give how many, and the batches of the others.
+
+        Nearly all only go on. The index reads these itself: little of their time is under the interpreter lock.
+        """
+        decoder, flows = self._index.decoder, self._flows.get(publisher, {})
+        if decoder is None or len(flows) != 1:
+            return 0, self._decode(messages)
+        ((source, stream),) = flows.values()
+        seqs = [message.seq for message in messages]
+        if not stream.goes_on(seqs):
+            return 0, self._decode(messages)
+        applied, events, rest = decoder.apply_payloads(source, [message.payload for message in messages], seqs[0])
+        if applied:
+            stream.last = seqs[applied - 1]
+            self._note_applied(source, applied, events, stream.last)
+        return applied, name_errors(rest)
+
+    def _decode(self, messages: Sequence[Message]) -> list[Decoded | DecodeError]:
+        return decode_batches([message.payload for message in messages], self._index)
+
+    def distrust(self, pod: str) -> None:
+        """Call the sources of a pod degraded whose messages may not have been applied."""
+        for source in [source for source in self._sources() if source.pod == pod]:
             with suppress(IndexerError):  # it may have been forgotten meanwhile
                 self._index.degrade(source, FAILED)
 
@@ -87,21 +118,26 @@ class Applier:
         if due:
             events = [batch.events for batch in due]
             self._index.apply_all(source, events, last_seq=seq)
-            self.counters["events_total"] += sum(map(len, events))
-            self.counters["applied_total"] += len(due)
-            self.sequences[source] = seq
+            self._note_applied(source, len(due), sum(map(len, events)), seq)
 
-    def _begin(self, key: tuple[str, str, int], message: Message, batch: Decoded) -> _Flow | None:
-        pod = key[1]
-        if not pod:
+    def _note_applied(self, source: Source, messages: int, events: int, seq: int) -> None:
+        self.counters["events_total"] += events
+        self.counters["applied_total"] += messages
+        self.sequences[source] = seq
+
+    def _sources(self) -> set[Source]:
+        return {flow.source for flows in self._flows.values() for flow in flows.values()}
+
+    def _begin(self, publisher: Publisher, message: Message, batch: Decoded) -> _Flow | None:
+        source = Source(publisher.pod, batch.rank or 0)
+        if not source.pod:
             self._discard(message, "no_identity", "empty topic, and the endpoint was not subscribed for a pod")
             return None
-        known = (flow.source for flow in self._flows.values() if flow.source == key[1:])
-        source = next(known, None) or self._register(Source(*key[1:]), message, batch)
-        if source is None:
+        if source not in self._sources() and not self._register(source, message, batch):
             return None
         # storage connectors number their messages from 1 (WIRE B4)
-        flow = self._flows[key] = _Flow(source, Stream(first=1 if pod in FLEET_WIDE else 0))
+        flow = _Flow(source, Stream(first=1 if source.pod in FLEET_WIDE else 0))
+        self._flows.setdefault(publisher, {})[source.rank] = flow
         return flow
 
     def _follow(self, source: Source, stream: Stream, verdict: Verdict, seq: int) -> None:
@@ -121,7 +157,7 @@ class Applier:
         elif verdict in _HEALED:
             self._index.degrade(source, "")
 
-    def _register(self, source: Source, message: Message, batch: Decoded) -> Source | None:
+    def _register(self, source: Source, message: Message, batch: Decoded) -> bool:
         model = message.model or parse_topic(message.topic).model or batch.model or self._model
         if not model:
             self._log.warning(
@@ -134,12 +170,12 @@ class Applier:
             self._index.register(source, model=model, copies=copies, fleet_wide=source.pod in FLEET_WIDE)
         except LimitReached as error:
             self._discard(message, "too_many_sources", str(error))
-            return None
-        return source
+            return False
+        return True
 
     def forget(self, pod: str, *, keep: bool) -> None:
         """Forget a pod's sequence numbers, and its blocks unless they are to be kept for somebody else."""
-        self._flows = {key: flow for key, flow in self._flows.items() if flow.source.pod != pod}
+        self._flows = {publisher: flows for publisher, flows in self._flows.items() if publisher.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
         if keep:
             self._index.release(pod)

@@ -25,6 +25,13 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     """``count`` or ``set`` where the subscription says it."""
 
 
+class Publisher(NamedTuple):
+    """Who numbers messages: a pod, and where it publishes. Its ranks number theirs apart."""
+
+    pod: str
+    endpoint: str
+
+
 class Topic(NamedTuple):
     """Who a topic says it is from."""
 

@@ -12,7 +12,7 @@ import structlog
 from indexer import Copies, Index, Source
 from kvevents.apply import NO_EVENTS_YET, Applier
 from kvevents.errors import PoolClosed, SubscriptionError
-from kvevents.message import FLEET_WIDE, Message, parse_topic
+from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
 
@@ -227,28 +227,33 @@ class EventPool:
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
-        self._queues[self._shard(pod)].put((pod, message.endpoint), message, wait=wait)
+        self._queues[self._shard(pod)].put(Publisher(pod, message.endpoint), message, wait=wait)
 
     def _follows(self, message: Message) -> bool:
-        """Say no for what was on its way when its pod was unsubscribed: it must not bring the pod back."""
+        """Say no for what was on its way when its pod was unsubscribed: it must not bring the pod back.
+
+        The answer is the same for all messages of a publisher.
+        """
         return message.pod is None or not message.endpoint or message.endpoint in self._subscribed.get(message.pod, ())
 
     def _work(self, number: int) -> None:
         queue, applier, lock = self._queues[number], self._appliers[number], self._locks[number]
         expire_at = time.monotonic() + _EXPIRE_EVERY_S
         while True:
-            messages = queue.take(_EXPIRE_EVERY_S)
-            if not messages and queue.closed:
+            taken = queue.take(_EXPIRE_EVERY_S)
+            if taken is None and queue.closed:
                 return
-            if messages:
+            if taken is not None:
+                publisher, messages = taken
+                first = messages[0]
                 try:
                     with lock:
-                        applier.apply([message for message in messages if self._follows(message)])
+                        if self._follows(first):
+                            applier.apply(publisher, messages)
                 except BaseException as error:  # noqa: BLE001  (a worker serves many pods: not even a panic of the core may end it)
                     self._errors += 1
-                    first = messages[0]
                     self._log.error("apply_error", topic=first.topic[:80], first_seq=first.seq, error=repr(error))
-                    applier.distrust(messages)
+                    applier.distrust(publisher.pod)
                 queue.done()
             if number == 0 and time.monotonic() >= expire_at:
                 self._index.expire()

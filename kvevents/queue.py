@@ -3,11 +3,37 @@
 import threading
 from collections import deque
 
-from kvevents.message import Message
+from kvevents.message import Message, Publisher
 
 MAX_TAKEN, MAX_TAKEN_BYTES = 64, 1 << 20
 """How much of one publisher a worker takes at a time: the more, the cheaper each message; the less, the sooner others
 have their turn, and questions theirs."""
+
+
+class _Group:
+    """Messages that are taken at once, and when each came."""
+
+    __slots__ = ("bytes", "messages", "tickets")
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.tickets: list[int] = []
+        self.bytes = 0
+
+
+class _Line:
+    """What waits from one publisher. There is always something."""
+
+    __slots__ = ("groups", "messages")
+
+    def __init__(self) -> None:
+        self.groups: deque[_Group] = deque()
+        self.messages = 0
+
+    def start_group(self) -> _Group:
+        group = _Group()
+        self.groups.append(group)
+        return group
 
 
 class ShardQueue:
@@ -20,8 +46,8 @@ class ShardQueue:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._waiting: dict[tuple[str, str], deque[tuple[int, Message]]] = {}
-        self._turns: deque[tuple[str, str]] = deque()
+        self._waiting: dict[Publisher, _Line] = {}
+        self._turns: deque[Publisher] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._in_work: int | None = None
@@ -30,7 +56,7 @@ class ShardQueue:
         self.bytes = 0
         self.dropped = 0
 
-    def put(self, publisher: tuple[str, str], message: Message, *, wait: bool) -> None:
+    def put(self, publisher: Publisher, message: Message, *, wait: bool) -> None:
         """Add a message. When full, `wait` for room, else drop as described."""
         size = len(message.payload)
         with self._changed:
@@ -40,11 +66,19 @@ class ShardQueue:
             else:
                 while self.messages and not self._fits(size):
                     self._drop_oldest()
-            queue = self._waiting.get(publisher)
-            if queue is None:
-                queue = self._waiting[publisher] = deque()
+            line = self._waiting.get(publisher)
+            if line is None:
+                line = self._waiting[publisher] = _Line()
                 self._turns.append(publisher)
-            queue.append((self._tickets, message))
+                group = line.start_group()
+            else:
+                group = line.groups[-1]
+                if len(group.messages) >= MAX_TAKEN or group.bytes >= MAX_TAKEN_BYTES:
+                    group = line.start_group()
+            group.messages.append(message)
+            group.tickets.append(self._tickets)
+            group.bytes += size
+            line.messages += 1
             self._tickets += 1
             self.messages += 1
             self.bytes += size
@@ -54,49 +88,54 @@ class ShardQueue:
         return self.messages < self._max_messages and self.bytes + size <= self._max_bytes
 
     def _drop_oldest(self) -> None:
-        queue = max(self._waiting.values(), key=len)
-        _, gone = queue.popleft()
+        publisher, line = max(self._waiting.items(), key=lambda item: item[1].messages)
+        group = line.groups[0]
+        size = len(group.messages.pop(0).payload)
+        del group.tickets[0]
+        group.bytes -= size
+        line.messages -= 1
         self.messages -= 1
-        self.bytes -= len(gone.payload)
+        self.bytes -= size
         self.dropped += 1
+        if not group.messages:
+            line.groups.popleft()
+        if not line.groups:
+            self._leave(publisher)
 
-    def take(self, timeout: float | None) -> list[Message]:
-        """Give the next messages of the publisher whose turn it is; none after `timeout` s or when closed.
+    def _leave(self, publisher: Publisher) -> None:
+        del self._waiting[publisher]
+        self._turns.remove(publisher)
+
+    def take(self, timeout: float | None) -> tuple[Publisher, list[Message]] | None:
+        """Give the next messages of the publisher whose turn it is; None after `timeout` s or when closed.
 
         Call `done` when they are applied.
         """
         with self._changed:
-            while True:
-                while self._turns:
-                    publisher = self._turns.popleft()
-                    queue = self._waiting[publisher]
-                    first = queue[0][0] if queue else None
-                    taken: list[Message] = []
-                    size = 0
-                    while queue and len(taken) < MAX_TAKEN and size < MAX_TAKEN_BYTES:
-                        message = queue.popleft()[1]
-                        size += len(message.payload)
-                        taken.append(message)
-                    if queue:
-                        self._turns.append(publisher)
-                    else:
-                        del self._waiting[publisher]
-                    if taken:
-                        self.messages -= len(taken)
-                        self.bytes -= size
-                        self._in_work = first
-                        return taken
+            while not self._turns:
                 if self._closed or not self._changed.wait(timeout):
-                    return []
+                    return None
+            publisher = self._turns.popleft()
+            line = self._waiting[publisher]
+            group = line.groups.popleft()
+            line.messages -= len(group.messages)
+            if line.groups:
+                self._turns.append(publisher)
+            else:
+                del self._waiting[publisher]
+            self.messages -= len(group.messages)
+            self.bytes -= group.bytes
+            self._in_work = group.tickets[0]
+            return publisher, group.messages
 
     def discard(self, pod: str) -> None:
         """Forget what waits from a pod that is no longer followed."""
         with self._changed:
-            for publisher, queue in self._waiting.items():
-                if publisher[0] == pod:
-                    self.messages -= len(queue)
-                    self.bytes -= sum(len(message.payload) for _, message in queue)
-                    queue.clear()
+            for publisher in [publisher for publisher in self._waiting if publisher.pod == pod]:
+                line = self._waiting[publisher]
+                self.messages -= line.messages
+                self.bytes -= sum(group.bytes for group in line.groups)
+                self._leave(publisher)
             self._changed.notify_all()
 
     def done(self) -> None:
@@ -116,7 +155,7 @@ class ShardQueue:
             return self._changed.wait_for(lambda: self._oldest() >= mark, timeout)
 
     def _oldest(self) -> int:
-        heads = [queue[0][0] for queue in self._waiting.values() if queue]
+        heads = [line.groups[0].tickets[0] for line in self._waiting.values()]
         return min([*heads, self._tickets if self._in_work is None else self._in_work, self._tickets])
 
     def close(self) -> None:

@@ -38,6 +38,10 @@ class Stream:
     def __repr__(self) -> str:
         return f"Stream(last={self.last})"
 
+    def goes_on(self, seqs: list[int]) -> bool:
+        """Say whether each of the next messages' numbers would be the one that is due."""
+        return self.last is not None and seqs == list(range(self.last + 1, self.last + 1 + len(seqs)))
+
     def observe(self, seq: int) -> Verdict:
         """Take the next message's number."""
         last, self.last = self.last, seq

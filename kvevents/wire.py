@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from indexer import AllBlocksCleared, BlockRemoved, BlockStored, Decoded, EngineHash, Event, Index
+from indexer import AllBlocksCleared, BlockRemoved, BlockStored, Decoded, EngineHash, Event, Index, Undecodable
 from kvevents.errors import DecodeError
 
 MAX_EVENTS = 65_536
@@ -120,8 +120,7 @@ def decode_batches(payloads: Sequence[bytes | memoryview], index: Index | None =
     Python, the others are what `decode_batch` gives.
     """
     if index is not None and index.decoder is not None:
-        decoded = index.decoder(payloads)
-        return [DecodeError(*batch) if isinstance(batch, tuple) else batch for batch in decoded]
+        return name_errors(index.decoder.decode_batches(payloads))
     batches: list[Decoded | DecodeError] = []
     for payload in payloads:
         try:
@@ -129,6 +128,11 @@ def decode_batches(payloads: Sequence[bytes | memoryview], index: Index | None =
         except DecodeError as error:
             batches.append(error)
     return batches
+
+
+def name_errors(decoded: Sequence[Decoded | Undecodable]) -> list[Decoded | DecodeError]:
+    """Give what an index decoded, with a `DecodeError` in the place of each frame that is no batch."""
+    return [DecodeError(*batch) if isinstance(batch, tuple) else batch for batch in decoded]
 
 
 def _event(item: Any) -> Event:

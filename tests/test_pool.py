@@ -1,6 +1,7 @@
 """The pool over real sockets and without."""
 
 import threading
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -9,6 +10,7 @@ import zmq
 from indexer import Prompt, Source
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
 from kvevents.apply import FAILED
+from kvevents.message import Publisher
 from kvevents.queue import ShardQueue
 from scorer import PrefixScorer
 
@@ -107,9 +109,9 @@ def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
 def test_a_worker_takes_so_many_messages_or_bytes_at_once(size, count, takes):
     queue = ShardQueue(1000, 1 << 30)
     for seq in range(count):
-        queue.put(("a", ""), Message(b"", seq, bytes(size)), wait=True)
-    assert [len(queue.take(0)) for _ in takes] == takes
-    assert (queue.messages, queue.bytes, queue.take(0)) == (0, 0, [])
+        queue.put(Publisher("a", ""), Message(b"", seq, bytes(size)), wait=True)
+    assert [len(queue.take(0)[1]) for _ in takes] == takes
+    assert (queue.messages, queue.bytes, queue.take(0)) == (0, 0, None)
 
 
 def test_a_panic_costs_one_source_its_trust_and_nothing_else(index, pool, monkeypatch):
@@ -121,8 +123,16 @@ def test_a_panic_costs_one_source_its_trust_and_nothing_else(index, pool, monkey
             raise Panic
         return apply_all(self, source, batches, **more)
 
-    apply_all = type(index).apply_all
+    def panic_reading(source, payloads, first_seq):
+        if message(1, STORED, STORED).payload in payloads:
+            raise Panic
+        return decoder.apply_payloads(source, payloads, first_seq)
+
+    apply_all, decoder = type(index).apply_all, index.decoder
     monkeypatch.setattr(type(index), "apply_all", panic)
+    if decoder is not None:
+        reading = SimpleNamespace(apply_payloads=panic_reading, decode_batches=decoder.decode_batches)
+        monkeypatch.setattr(type(index), "decoder", reading)
     pool.submit(message(0, STORED))
     pool.submit(message(0, STORED, topic=b"kv@pod-b@m"))
     pool.drain()
@@ -249,33 +259,47 @@ def test_a_closed_pool_says_so(index):
 def test_a_full_queue_drops_the_busiest_publisher_and_counts(index):
     queue = ShardQueue(10, 1000)
     for seq in range(20):
-        queue.put(("noisy", ""), message(seq), wait=False)
-    queue.put(("quiet", ""), message(0), wait=False)
+        queue.put(Publisher("noisy", ""), message(seq), wait=False)
+    queue.put(Publisher("quiet", ""), message(0), wait=False)
     assert (queue.messages, queue.dropped) == (10, 11)
-    first, second = queue.take(0), queue.take(0)
-    assert [m.seq for m in first] == list(range(11, 20))
-    assert [m.seq for m in second] == [0]
+    (first, sent), (second, other) = queue.take(0), queue.take(0)
+    assert (first.pod, [m.seq for m in sent]) == ("noisy", list(range(11, 20)))
+    assert (second.pod, [m.seq for m in other]) == ("quiet", [0])
+    assert (queue.messages, queue.bytes) == (0, 0)
+
+
+def test_what_was_dropped_or_discarded_leaves_nothing_behind():
+    queue = ShardQueue(1, 1000)
+    for pod in "abc":
+        queue.put(Publisher(pod, ""), message(0), wait=False)
+    mark = queue.mark()
+    queue.discard("c")
+    assert (queue.messages, queue.bytes, queue.dropped, queue.take(0)) == (0, 0, 2, None)
+    assert queue.join(mark, 0)
+    queue.put(Publisher("a", ""), message(7), wait=False)
+    assert [m.seq for m in queue.take(0)[1]] == [7]
 
 
 def test_publishers_take_turns():
     queue = ShardQueue(1000, 100_000)
     for seq in range(100):
-        queue.put(("noisy", ""), message(seq), wait=False)
-    queue.put(("quiet", ""), message(7), wait=False)
-    taken = [queue.take(0) for _ in range(5)]
-    assert [m.seq for m in taken[1]] == [7]
-    assert [m.seq for batch in taken if batch is not taken[1] for m in batch] == list(range(100))
+        queue.put(Publisher("noisy", ""), message(seq), wait=False)
+    queue.put(Publisher("quiet", ""), message(7), wait=False)
+    taken = [queue.take(0) for _ in range(3)]
+    assert [publisher.pod for publisher, _ in taken] == ["noisy", "quiet", "noisy"]
+    assert [m.seq for m in taken[1][1]] == [7]
+    assert [m.seq for m in taken[0][1] + taken[2][1]] == list(range(100))
 
 
 def test_waiting_for_what_was_put_does_not_wait_for_what_comes_after():
     queue = ShardQueue(1000, 100_000)
-    queue.put(("a", ""), message(0), wait=False)
-    queue.put(("b", ""), message(0), wait=False)
+    queue.put(Publisher("a", ""), message(0), wait=False)
+    queue.put(Publisher("b", ""), message(0), wait=False)
     mark = queue.mark()
     assert not queue.join(mark, 0)
     queue.take(0)
     assert not queue.join(mark, 0)  # taken, not applied
-    queue.put(("a", ""), message(1), wait=False)
+    queue.put(Publisher("a", ""), message(1), wait=False)
     queue.done()
     assert not queue.join(mark, 0)  # b still waits
     queue.take(0)

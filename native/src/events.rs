@@ -77,3 +77,10 @@ pub struct Batch {
     /// How many events were dropped or ignored, by reason, in the order in which the reasons first came up.
     pub discards: Vec<(&'static str, u64)>,
 }
+
+impl Batch {
+    /// Whether one of the events empties the cache.
+    pub fn clears(&self) -> bool {
+        self.events.contains(&Event::Cleared)
+    }
+}

@@ -6,7 +6,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyList, PyMappingProxy, PyString};
 
 use crate::events::{self, EngineHash, Event, Lora, Removed, Stored};
-use crate::wire::{DecodeError, decode_batch};
+use crate::wire::DecodeError;
 
 /// The events of one message, ready for an index.
 #[pyclass(frozen, module = "indexer._native")]
@@ -67,7 +67,7 @@ impl Batch {
 
     #[getter]
     fn clears(&self) -> bool {
-        self.batch.events.contains(&Event::Cleared)
+        self.batch.clears()
     }
 
     #[getter]
@@ -79,12 +79,8 @@ impl Batch {
     }
 }
 
-/// Decodes payload frames, all in one go; what is no batch at all gives the reason and a detail instead.
-#[pyfunction]
-pub fn decode_batches<'py>(py: Python<'py>, payloads: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
-    let payloads: Vec<Bytes> = payloads.try_iter()?.map(|payload| Bytes::of(&payload?)).collect::<PyResult<_>>()?;
-    let decoded: Vec<Result<events::Batch, DecodeError>> =
-        py.detach(|| payloads.iter().map(|payload| decode_batch(payload.as_slice())).collect());
+/// What payload frames hold; what is no batch at all gives the reason and a detail instead.
+pub fn list_of(py: Python<'_>, decoded: Vec<Result<events::Batch, DecodeError>>) -> PyResult<Bound<'_, PyList>> {
     let list = PyList::empty(py);
     for result in decoded {
         match result {
@@ -96,12 +92,16 @@ pub fn decode_batches<'py>(py: Python<'py>, payloads: &Bound<'py, PyAny>) -> PyR
 }
 
 /// A payload that stays where it is.
-enum Bytes {
+pub enum Bytes {
     Immutable { _owner: Py<PyBytes>, slice: &'static [u8] },
     Buffer(PyBuffer<u8>),
 }
 
 impl Bytes {
+    pub fn all_of(payloads: &Bound<'_, PyAny>) -> PyResult<Vec<Self>> {
+        payloads.try_iter()?.map(|payload| Self::of(&payload?)).collect()
+    }
+
     fn of(payload: &Bound<'_, PyAny>) -> PyResult<Self> {
         if let Ok(bytes) = payload.cast::<PyBytes>() {
             // SAFETY: bytes objects never change, and the reference beside the slice keeps this one alive.
@@ -115,7 +115,7 @@ impl Bytes {
         Ok(Self::Buffer(buffer))
     }
 
-    fn as_slice(&self) -> &[u8] {
+    pub fn as_slice(&self) -> &[u8] {
         match self {
             Self::Immutable { slice, .. } => slice,
             // SAFETY: the buffer is contiguous and exported for as long as `self` lives, so its memory stays. Whoever

@@ -10,8 +10,9 @@ use crate::events::Event;
 use crate::index::{self, Name};
 use crate::ledger::Limits;
 use crate::matching::{Asked, Run, Runs};
-use crate::python::events::Batch;
+use crate::python::events::{Batch, Bytes, list_of};
 use crate::python::prompt::Prompt;
+use crate::wire::decode_batch;
 
 /// The index in this process, in Rust. `indexer.native` puts the interpreter's face on it.
 #[pyclass(frozen, module = "indexer._native")]
@@ -54,6 +55,28 @@ impl Index {
     ) -> PyResult<Option<bool>> {
         let label = source.clone().unbind();
         Ok(self.index.register(name_of(source)?, model, counted, fleet_wide, || Box::new(label)).ok())
+    }
+
+    /// Decodes payload frames, all in one go.
+    #[staticmethod]
+    fn decode_batches<'py>(py: Python<'py>, payloads: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+        let payloads = Bytes::all_of(payloads)?;
+        let decoded = py.detach(|| payloads.iter().map(|payload| decode_batch(payload.as_slice())).collect());
+        list_of(py, decoded)
+    }
+
+    /// Decodes and applies payload frames up to the first that is more than events to apply; gives how many, their
+    /// events, and the rest as `decode_batches` does.
+    fn apply_payloads<'py>(
+        &self,
+        source: &Bound<'py, PyTuple>,
+        payloads: &Bound<'py, PyAny>,
+        first_seq: u64,
+    ) -> PyResult<(usize, usize, Bound<'py, PyList>)> {
+        let (py, name, payloads) = (source.py(), name_of(source)?, Bytes::all_of(payloads)?);
+        let slices = payloads.iter().map(Bytes::as_slice);
+        let done = py.detach(|| self.index.apply_payloads(&name, slices, first_seq));
+        Ok((done.payloads, done.events, list_of(py, done.rest)?))
     }
 
     /// Applies batches in order, decoded ones or events as `indexer.events` has them; says no where the source is not

@@ -12,7 +12,7 @@ mod native {
     use super::*;
 
     #[pymodule_export]
-    use super::events::{Batch, decode_batches};
+    use super::events::Batch;
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
