@@ -1,5 +1,6 @@
 """A message as it came from a publisher, and who its topic says it is from."""
 
+from enum import Enum, auto
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -7,6 +8,17 @@ import msgspec
 
 FLEET_WIDE = frozenset({"SHARED_STORAGE", "OBJECT_STORE"})
 """Names in the place of a pod that mean storage which any pod of the model can read (llm-d's storage connectors)."""
+
+
+class Note(Enum):
+    """What is told of a publisher in between its messages."""
+
+    CONNECTED = auto()
+    """Its socket is connected, for the first time or again."""
+    ENDED = auto()
+    """A replay is at its end."""
+    FAILED = auto()
+    """A replay could not be had, or not all of it."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -23,6 +35,10 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     """Where it came from. Publishers behind different endpoints number their messages apart."""
     copies: str = ""
     """``count`` or ``set`` where the subscription says it."""
+    replay: int = 0
+    """The replay that it is from; 0 where it came live."""
+    note: Note | None = None
+    """What is no message but to be heard in its place."""
 
 
 class Publisher(NamedTuple):

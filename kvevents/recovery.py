@@ -1,0 +1,356 @@
+"""What to do about messages that are missing: which to apply, in which order, and what to ask for again.
+
+Decisions only: numbers and replies in, actions out; no I/O, no clock of its own. PUB/SUB loses messages, but an engine
+keeps its last batches and sends them again from any number on (vLLM: 10,000 of them, WIRE A4). One machine follows one
+publisher. While a replay is on its way, live messages are held back, so that all is applied in the engine's order.
+
+An engine that restarted in place numbers from 0 again. A number that goes back proves it; one that goes on proves
+nothing. So whenever something is asked for, it is asked for from the last message on that was applied: the engine that
+sent it has it still, with the same bytes.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from enum import Enum, auto
+from typing import NamedTuple, TypeAlias
+
+import xxhash
+
+from kvevents.message import Message
+
+HELD_MESSAGES = 16_384
+HELD_BYTES = 64 * 1024 * 1024
+"""Live messages of one publisher that are held back; beyond that the oldest go, and are asked for like other lost
+ones."""
+
+PATIENCE_S = 15.0
+"""How long a replay may say nothing before it counts as failed, whoever forgot it."""
+
+SILENCE_S = 5.0
+MOST_SILENCE_S = 60.0
+"""After how long without a message a publisher is asked whether there was a last one: first, and at most."""
+
+COOL_DOWN_S = 1.0
+MOST_COOL_DOWN_S = 60.0
+"""How long nothing is asked for after a replay failed: first, and at most."""
+
+
+class Deliver(NamedTuple):
+    """Apply these, in this order."""
+
+    messages: list[Message]
+
+
+class Ask(NamedTuple):
+    """Ask for a replay from a number on. What an earlier one still says is of no interest any more."""
+
+    replay: int
+    start: int
+
+
+class Begin(NamedTuple):
+    """What follows is all that the cache ever held: forget what is known of it first."""
+
+
+class Doubt(NamedTuple):
+    """Messages are missing, and asked for: until further notice what is known may be wrong."""
+
+
+class Whole(NamedTuple):
+    """Nothing is missing: what is known is all there is."""
+
+
+Action: TypeAlias = Deliver | Ask | Begin | Doubt | Whole
+
+
+class _Why(Enum):
+    START = auto()
+    """Nothing is known yet: all that there is, and where that is not from the first message on, what there is."""
+    CHECK = auto()
+    """From the last message on that was applied."""
+    HEAL = auto()
+    """Something is missing for good: all that there is, but only if that is from the first message on."""
+
+
+class _Replay:
+    """One that is on its way."""
+
+    __slots__ = ("delivered", "has_begun", "heard_at", "is_idle", "is_used", "may_retry", "number", "why")
+
+    def __init__(self, number: int, why: _Why, now: float) -> None:
+        self.number = number
+        self.why = why
+        self.heard_at = now
+        self.has_begun = why is not _Why.START
+        """What was known before is forgotten already, or stays."""
+        self.is_used = False
+        """It said something that is of use."""
+        self.is_idle = False
+        """It said something that is of no use: it does not go back far enough."""
+        self.may_retry = True
+        self.delivered: dict[int, int] = {}
+        """Digests of what it said, by number: live messages may say the same."""
+
+
+class Recovery:
+    """See the module. `now` is any clock in seconds that does not go back.
+
+    `first` is the number of a publisher's first message.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self._first = first
+        self._last: int | None = None
+        self._digest = 0
+        self._is_whole = True
+        """No message is missing among those that were applied."""
+        self._replay: _Replay | None = None
+        self._replays = 0
+        self._held: deque[Message] = deque()
+        self._held_bytes = 0
+        self._ask_at = 0.0
+        self._cool_down = COOL_DOWN_S
+        self._heard_at = 0.0
+        self._silence = SILENCE_S
+        self.dropped = 0
+        """Messages that were held back and had to go."""
+
+    def __repr__(self) -> str:
+        return f"Recovery(last={self._last}, {'replaying' if self._replay else 'live'}, {len(self._held)} held)"
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a replay is on its way, and messages may be held back."""
+        return self._replay is not None
+
+    def goes_on(self, messages: Sequence[Message], now: float) -> bool:
+        """Say whether live messages only go on from the last; if so they count as applied."""
+        last = self._last
+        if self._replay is not None or last is None:
+            return False
+        if [message.seq for message in messages] != list(range(last + 1, last + 1 + len(messages))):
+            return False
+        self._note(messages[-1], now)
+        return True
+
+    def live(self, messages: Iterable[Message], now: float) -> list[Action]:
+        """Take messages from the publisher's socket."""
+        actions: list[Action] = []
+        for message in messages:
+            self._heard_at, self._silence = now, SILENCE_S
+            self._live(message, actions, now)
+        return actions
+
+    def replayed(self, replay: int, messages: Iterable[Message], now: float) -> list[Action]:
+        """Take messages from a replay."""
+        actions: list[Action] = []
+        for message in messages:
+            if self._replay is None or self._replay.number != replay:
+                break
+            self._replay.heard_at = now
+            self._replayed(self._replay, message, actions, now)
+        return actions
+
+    def ended(self, replay: int, now: float) -> list[Action]:
+        """Hear that a replay is at its end."""
+        actions: list[Action] = []
+        done = self._replay
+        if done is None or done.number != replay:
+            return actions
+        if done.why is not _Why.START and not done.is_used and not done.is_idle:
+            self._begin_anew(actions, now)  # who sent the last message would have it still
+            return actions
+        self._replay = None
+        self._cool_down = COOL_DOWN_S
+        if done.is_idle:
+            self._ask_at = now + MOST_COOL_DOWN_S  # it will not go back further so soon
+        self._release(done, actions, now)
+        if self._replay is None and self._is_whole:
+            actions.append(Whole())
+        return actions
+
+    def failed(self, replay: int, now: float) -> list[Action]:
+        """Hear that a replay could not be had, or not all of it."""
+        actions: list[Action] = []
+        done = self._replay
+        if done is None or done.number != replay:
+            return actions
+        self._replay = None
+        self._ask_at = now + self._cool_down
+        self._cool_down = min(2 * self._cool_down, MOST_COOL_DOWN_S)
+        self._is_whole = self._is_whole and done.why is _Why.CHECK and not self._held
+        self._release(done, actions, now)
+        return actions
+
+    def connected(self, now: float) -> list[Action]:
+        """Hear that the publisher's socket is connected, for the first time or again: it may be another publisher."""
+        actions: list[Action] = []
+        if self._replay is None and self._may_ask(now):
+            self._ask(_Why.START if self._last is None else _Why.CHECK, actions, now)
+        return actions
+
+    def tick(self, now: float) -> list[Action]:
+        """Do what is due after some time. Call it every second or so."""
+        if self._replay is not None:
+            late = now - self._replay.heard_at > PATIENCE_S
+            return self.failed(self._replay.number, now) if late else []
+        actions: list[Action] = []
+        if not self._may_ask(now):
+            return actions
+        if not self._is_whole:
+            self._ask(_Why.START if self._last is None else _Why.HEAL, actions, now)
+        elif self._last is not None and now - self._heard_at > self._silence:
+            self._heard_at, self._silence = now, min(2 * self._silence, MOST_SILENCE_S)
+            self._ask(_Why.CHECK, actions, now)
+        return actions
+
+    def spoiled(self) -> None:
+        """Hear that messages that were delivered may not have been applied."""
+        self._is_whole = False
+
+    def emptied(self) -> None:
+        """Hear that the cache was emptied by the last message: what is missing from before is of no interest."""
+        self._is_whole = True
+
+    # ---- steps
+
+    def _live(self, message: Message, actions: list[Action], now: float) -> None:
+        seq, last = message.seq, self._last
+        if self._replay is not None:
+            if self._held and seq <= self._held[-1].seq:
+                self._restarted(message, actions, now)  # what is held is of the one before
+            else:
+                self._hold(message)
+        elif last is None or seq > last + 1:
+            if not self._may_ask(now):
+                self._deliver(message, actions, now)
+                return
+            if last is not None:
+                actions.append(Doubt())
+            self._hold(message)
+            self._ask(_Why.START if last is None else _Why.CHECK, actions, now)
+        elif seq == last + 1:
+            self._deliver(message, actions, now)
+        else:
+            self._restarted(message, actions, now)
+
+    def _restarted(self, message: Message, actions: list[Action], now: float) -> None:
+        """Go on with a message of a publisher that began anew."""
+        self._drop_held()
+        if not self._may_ask(now):
+            self._replay, self._last = None, None
+            actions.append(Begin())
+            self._deliver(message, actions, now)
+            return
+        self._begin_anew(actions, now)
+        self._hold(message)
+
+    def _replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
+        seq, is_first = message.seq, not replay.is_used
+        if replay.is_idle:
+            return
+        if is_first and replay.why is _Why.HEAL:
+            if seq > self._first:
+                replay.is_idle = True
+                return
+            actions.append(Begin())
+            self._last, self._is_whole = None, True
+        elif is_first and not replay.has_begun and seq <= self._first:
+            actions.append(Begin())
+        last = self._last
+        if is_first and replay.why is _Why.CHECK and last is not None:
+            if seq < last:
+                return
+            if seq == last and _digest_of(message) != self._digest:
+                self._begin_anew(actions, now)
+                return
+        replay.is_used = True
+        if last is not None and seq > last + 1:
+            may_retry = replay.may_retry and not is_first
+            self._fill(replay, seq, actions, now, with_gaps=not may_retry)
+            if self._replay is not replay:
+                return
+            if may_retry and self._last is not None and seq > self._last + 1:
+                self._ask(_Why.CHECK, actions, now).may_retry = False  # some of it was lost on its way
+                return
+        if self._last is None or seq > self._last:
+            self._deliver_replayed(replay, message, actions, now)
+
+    def _fill(self, replay: _Replay, before: int, actions: list[Action], now: float, *, with_gaps: bool) -> None:
+        """Deliver what is held of that which a replay lacks."""
+        while self._held and self._last is not None and self._replay is replay:
+            seq = self._held[0].seq
+            if not self._last < seq < before or (seq > self._last + 1 and not with_gaps):
+                return
+            self._deliver_replayed(replay, self._held[0], actions, now)
+
+    def _deliver_replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
+        digest = _digest_of(message)
+        while self._held and self._held[0].seq <= message.seq:
+            held = self._held[0]
+            if (digest if held.seq == message.seq else replay.delivered.get(held.seq)) != _digest_of(held):
+                self._begin_anew(actions, now)  # it restarted while it was asked
+                return
+            self._unhold()
+        replay.delivered[message.seq] = digest
+        self._deliver(message, actions, now)
+
+    def _release(self, done: _Replay, actions: list[Action], now: float) -> None:
+        """Go on with what was held back."""
+        held = list(self._held)
+        self._drop_held()
+        for message in held:
+            known = done.delivered.get(message.seq)
+            if known is None or known != _digest_of(message):
+                self._live(message, actions, now)
+
+    def _begin_anew(self, actions: list[Action], now: float) -> None:
+        """Begin with a publisher that is not the one before. It still has what it said lately."""
+        self._drop_held()
+        self._last, self._is_whole = None, True
+        actions.append(Begin())
+        self._ask(_Why.START, actions, now).has_begun = True
+
+    def _ask(self, why: _Why, actions: list[Action], now: float) -> _Replay:
+        self._replays += 1
+        self._replay = _Replay(self._replays, why, now)
+        start = self._last if why is _Why.CHECK and self._last is not None else 0
+        actions.append(Ask(self._replays, start))
+        return self._replay
+
+    def _may_ask(self, now: float) -> bool:
+        return now >= self._ask_at
+
+    def _deliver(self, message: Message, actions: list[Action], now: float) -> None:
+        last = self._last
+        if last is None:
+            self._is_whole = self._is_whole and message.seq <= self._first
+        elif message.seq != last + 1:
+            self._is_whole = False
+        self._note(message, now)
+        if actions and isinstance(actions[-1], Deliver):
+            actions[-1].messages.append(message)
+        else:
+            actions.append(Deliver([message]))
+
+    def _note(self, message: Message, now: float) -> None:
+        self._last, self._digest = message.seq, _digest_of(message)
+        self._heard_at = now
+
+    def _hold(self, message: Message) -> None:
+        self._held.append(message)
+        self._held_bytes += len(message.payload)
+        while len(self._held) > HELD_MESSAGES or (self._held_bytes > HELD_BYTES and len(self._held) > 1):
+            self._unhold()
+            self.dropped += 1
+
+    def _unhold(self) -> None:
+        self._held_bytes -= len(self._held.popleft().payload)
+
+    def _drop_held(self) -> None:
+        self._held.clear()
+        self._held_bytes = 0
+
+
+def _digest_of(message: Message) -> int:
+    return xxhash.xxh3_64_intdigest(message.payload)
