@@ -1,26 +1,37 @@
 """From messages to the index: decode them, read their numbers, say who they are from, apply their events."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple, cast
+from itertools import groupby
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 from structlog.typing import FilteringBoundLogger
 
-from indexer import Copies, Decoded, Index, IndexerError, LimitReached, Source
+from indexer import Copies, Decoded, Index, IndexerError, InvalidQuestion, LimitReached, Source
 from kvevents.errors import DecodeError
-from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
+from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
+from kvevents.recovery import Action, Ask, Begin, Deliver, Recovery
 from kvevents.stream import Stream, Verdict
 from kvevents.wire import decode_batches, name_errors
 
 NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
+ASKED_AGAIN = "behind: messages were asked for again, and are on their way"
 FAILED = "error: events could not be applied"
 
 _NEXT = Verdict.NEXT
 _HEALED = frozenset({Verdict.FIRST, Verdict.RESTART})
 _UNKNOWN_PAST = frozenset({Verdict.LATE, Verdict.RESTART_LATE})
+
+
+OnGap: TypeAlias = Literal["keep", "drop"]
+"""What to do with the blocks of a source of whose messages some are missing for good."""
+
+AskAgain: TypeAlias = Callable[[Publisher, int, int], None]
+"""Asks a publisher for a replay, by its number, from a number of a message on. It must not wait."""
 
 
 class _Flow(NamedTuple):
@@ -33,8 +44,26 @@ class _Flow(NamedTuple):
 class Applier:
     """Applies the messages of one shard. One thread at a time."""
 
-    def __init__(self, index: Index, *, model: str, copies: Copies, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        index: Index,
+        *,
+        model: str,
+        copies: Copies,
+        log: FilteringBoundLogger,
+        on_gap: OnGap = "keep",
+        ask: AskAgain | None = None,
+    ) -> None:
         self._index = index
+        self._on_gap: OnGap = on_gap
+        self._ask = ask
+        self._recoveries: dict[Publisher, Recovery] = {}
+        self._behind: set[Publisher] = set()
+        """Publishers whose messages are on their way again."""
+        self._verdicts: dict[Source, str] = {}
+        """Why a source is degraded by the numbers of its messages, "" where it is not."""
+        self._anew: set[Publisher] = set()
+        """Publishers that say all that their caches hold from their next message on."""
         self._model = model
         self._copies: Copies = copies
         self._log = log
@@ -44,6 +73,94 @@ class Applier:
 
     def apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
         """Apply messages of a publisher in order. What cannot be used is counted and logged, never raised.
+
+        Where its messages can be asked for again, those that are missing are, and what came after them waits.
+        """
+        recovery = self._recoveries.get(publisher)
+        if recovery is None:
+            self._apply(publisher, messages)
+            return
+        now = time.monotonic()
+        is_live = not any(message.replay or message.note for message in messages)
+        if is_live and recovery.goes_on(messages, now):
+            self._apply(publisher, messages)
+            return
+        for (replay, note), some in groupby(messages, lambda message: (message.replay, message.note)):
+            if note is Note.CONNECTED:
+                actions = recovery.connected(now)
+            elif note is Note.ENDED:
+                actions = recovery.ended(replay, now)
+            elif note is Note.FAILED:
+                actions = recovery.failed(replay, now)
+            else:
+                come = list(some)
+                actions = recovery.replayed(replay, come, now) if replay else recovery.live(come, now)
+            self._act(publisher, recovery, actions)
+
+    def follow(self, publisher: Publisher) -> None:
+        """Hear that messages of a publisher can be asked for again."""
+        self._recoveries[publisher] = Recovery(first=_first_of(publisher.pod))
+
+    @property
+    def is_recovering(self) -> bool:
+        """Whether messages wait for others that were asked for again."""
+        return any(recovery.is_active for recovery in list(self._recoveries.values()))
+
+    @property
+    def dropped_held(self) -> int:
+        """Messages that waited for others and had to go."""
+        return sum(recovery.dropped for recovery in list(self._recoveries.values()))
+
+    def tick(self) -> None:
+        """Ask again for what may be missing without a word, and give up what does not come."""
+        now = time.monotonic()
+        for publisher, recovery in self._recoveries.items():
+            self._act(publisher, recovery, recovery.tick(now))
+
+    def _act(self, publisher: Publisher, recovery: Recovery, actions: Sequence[Action]) -> None:
+        if recovery.is_behind and publisher not in self._behind:
+            self._behind.add(publisher)
+            self._trust(publisher, ASKED_AGAIN)
+        for action in actions:
+            match action:
+                case Deliver(messages):
+                    self._apply(publisher, messages)
+                case Ask(replay, start):
+                    if self._ask is not None:
+                        self._ask(publisher, replay, start)
+                case Begin():
+                    self._begin_anew(publisher)
+        if publisher in self._behind and not recovery.is_behind:
+            self._behind.discard(publisher)
+            self._trust(publisher, "" if recovery.is_whole else None)
+
+    def _begin_anew(self, publisher: Publisher) -> None:
+        """Forget what a publisher said: its engine began anew, or says all of it again."""
+        flows = self._flows.get(publisher, {})
+        if not flows:
+            self._anew.add(publisher)
+        for flow in flows.values():
+            self.counters["restarts_total"] += flow.stream.last is not None
+            self._log.info("begins_anew", pod=flow.source.pod, rank=flow.source.rank)
+            flow.stream.last = None
+            with suppress(InvalidQuestion):  # it may have been forgotten meanwhile
+                self._index.restart(flow.source)
+
+    def _trust(self, publisher: Publisher, reason: str | None) -> None:
+        """Call the sources of a publisher degraded, or not; None for what their messages' numbers said last."""
+        sources = [flow.source for flow in self._flows.get(publisher, {}).values()] or [Source(publisher.pod)]
+        for source in sources:
+            with suppress(IndexerError):  # one that said nothing yet may not be registered
+                self._index.degrade(source, self._verdicts.get(source, GAP) if reason is None else reason)
+
+    def _judge(self, publisher: Publisher, source: Source, reason: str) -> None:
+        """Say what the numbers of a source's messages mean for it, now or when it is no longer behind."""
+        self._verdicts[source] = reason
+        if publisher not in self._behind:
+            self._index.degrade(source, reason)
+
+    def _apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
+        """Apply messages in order.
 
         Batches that simply follow each other go to the index together: the more at once, the cheaper each.
         """
@@ -74,13 +191,15 @@ class Applier:
                 due = []
             source, seq = flow.source, message.seq
             if verdict is not _NEXT:
-                self._follow(source, flow.stream, verdict, seq)
+                self._follow(publisher, flow, verdict, seq)
             if batch.discards:
                 self._note_discards(source, batch, seq)
             due.append(batch)
             if batch.clears:
                 self._hand_over(source, due, seq)
-                self._index.degrade(source, "")  # an empty cache is a known one
+                self._judge(publisher, source, "")  # an empty cache is a known one
+                if publisher in self._recoveries:
+                    self._recoveries[publisher].emptied()
                 due = []
         if source is not None:
             self._hand_over(source, due, seq)
@@ -110,7 +229,11 @@ class Applier:
 
     def distrust(self, pod: str) -> None:
         """Call the sources of a pod degraded whose messages may not have been applied."""
+        for publisher, recovery in self._recoveries.items():
+            if publisher.pod == pod:
+                recovery.spoiled()
         for source in [source for source in self._sources() if source.pod == pod]:
+            self._verdicts[source] = FAILED
             with suppress(IndexerError):  # it may have been forgotten meanwhile
                 self._index.degrade(source, FAILED)
 
@@ -135,27 +258,33 @@ class Applier:
             return None
         if source not in self._sources() and not self._register(source, message, batch):
             return None
-        # storage connectors number their messages from 1 (WIRE B4)
-        flow = _Flow(source, Stream(first=1 if source.pod in FLEET_WIDE else 0))
+        if publisher in self._anew:
+            self._anew.discard(publisher)
+            if any(status.blocks for status in self._index.sources() if status.source == source):
+                self._index.restart(source)
+        flow = _Flow(source, Stream(first=_first_of(source.pod)))
         self._flows.setdefault(publisher, {})[source.rank] = flow
         return flow
 
-    def _follow(self, source: Source, stream: Stream, verdict: Verdict, seq: int) -> None:
+    def _follow(self, publisher: Publisher, flow: _Flow, verdict: Verdict, seq: int) -> None:
         """Say to the index what a number other than the one that was due means."""
+        source, stream = flow
         if verdict is Verdict.GAP:
             self.counters["gaps_total"] += 1
             self.counters["missing_total"] += stream.missing
             self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=seq)
-            self._index.degrade(source, GAP)
+            if self._on_gap == "drop":
+                self._index.restart(source)
+            self._judge(publisher, source, GAP)
             return
         if verdict in (Verdict.RESTART, Verdict.RESTART_LATE):
             self.counters["restarts_total"] += 1
             self._log.info("restart", pod=source.pod, rank=source.rank, seq=seq)
             self._index.restart(source)
         if verdict in _UNKNOWN_PAST:
-            self._index.degrade(source, MISSED_START)
+            self._judge(publisher, source, MISSED_START)
         elif verdict in _HEALED:
-            self._index.degrade(source, "")
+            self._judge(publisher, source, "")
 
     def _register(self, source: Source, message: Message, batch: Decoded) -> bool:
         model = message.model or parse_topic(message.topic).model or batch.model or self._model
@@ -176,6 +305,10 @@ class Applier:
     def forget(self, pod: str, *, keep: bool) -> None:
         """Forget a pod's sequence numbers, and its blocks unless they are to be kept for somebody else."""
         self._flows = {publisher: flows for publisher, flows in self._flows.items() if publisher.pod != pod}
+        self._recoveries = {publisher: known for publisher, known in self._recoveries.items() if publisher.pod != pod}
+        self._behind = {publisher for publisher in self._behind if publisher.pod != pod}
+        self._verdicts = {source: reason for source, reason in self._verdicts.items() if source.pod != pod}
+        self._anew = {publisher for publisher in self._anew if publisher.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
         if keep:
             self._index.release(pod)
@@ -199,3 +332,8 @@ class Applier:
                 detail=detail,
                 times=count,
             )
+
+
+def _first_of(pod: str) -> int:
+    """Give the number of a publisher's first message: storage connectors number theirs from 1 (WIRE B4)."""
+    return 1 if pod in FLEET_WIDE else 0

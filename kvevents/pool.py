@@ -10,7 +10,7 @@ from typing import Self
 import structlog
 
 from indexer import Copies, Index, Source
-from kvevents.apply import NO_EVENTS_YET, Applier
+from kvevents.apply import NO_EVENTS_YET, Applier, OnGap
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
@@ -19,6 +19,18 @@ from kvevents.subscriber import Receiver, Subscription
 QUEUE_MESSAGES = 262_144
 QUEUE_BYTES = 512 * 1024 * 1024
 _EXPIRE_EVERY_S = 1.0
+_RECOVERY_S = 0.005
+
+_ALWAYS = (
+    "applied_total",
+    "events_total",
+    "gaps_total",
+    "missing_total",
+    "restarts_total",
+    "replays_total",
+    "replays_failed_total",
+)
+"""Counters that are there also before anything was counted."""
 
 
 class EventPool:
@@ -40,6 +52,7 @@ class EventPool:
         workers: int = 4,
         model: str = "",
         copies: Copies = "count",
+        on_gap: OnGap = "keep",
         queue_messages: int = QUEUE_MESSAGES,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
@@ -49,7 +62,10 @@ class EventPool:
         self._copies: Copies = copies
         self._log = structlog.get_logger("kvevents")
         self._queues = [ShardQueue(queue_messages // workers, queue_bytes // workers) for _ in range(workers)]
-        self._appliers = [Applier(index, model=model, copies=copies, log=self._log) for _ in range(workers)]
+        self._appliers = [
+            Applier(index, model=model, copies=copies, log=self._log, on_gap=on_gap, ask=self._ask)
+            for _ in range(workers)
+        ]
         self._locks = [threading.Lock() for _ in range(workers)]
         self._threads: list[threading.Thread] = []
         self._receiver: Receiver | None = None
@@ -58,6 +74,8 @@ class EventPool:
         self._errors = 0
         self._lock = threading.Lock()
         self._closed = False
+        self._pause = threading.Event()
+        """Never set: to wait a moment."""
 
     def __repr__(self) -> str:
         waiting = sum(queue.messages for queue in self._queues)
@@ -113,9 +131,10 @@ class EventPool:
         """Connect to the publisher of a pod (of one rank of it) and follow it.
 
         `endpoint` is what the pod publishes at, `tcp://10.0.0.7:5557`; `topic` a prefix of the topics to hear. The pod
-        is known as `pod`, whatever its topics say. `replay` is where its replay socket is; this version asks it
-        nothing, and a gap shows as a degraded source. `copies="set"` is for engines that announce blocks again without
-        copying them (vLLM's report mode "full").
+        is known as `pod`, whatever its topics say. `replay` is where its replay socket is: there all that the engine
+        said lately is asked for when it is connected, and whatever is missing later. Without it a gap shows as a
+        degraded source. `copies="set"` is for engines that announce blocks again without copying them (vLLM's report
+        mode "full").
 
         Raises `SubscriptionError` for an endpoint that cannot be used or that is subscribed already.
         """
@@ -127,6 +146,10 @@ class EventPool:
                 raise SubscriptionError(f"endpoint {endpoint!r} is subscribed for pod {pod!r} already")
             first = not endpoints
             endpoints.add(endpoint)
+        if replay is not None:
+            number = self._shard(pod)
+            with self._locks[number]:
+                self._appliers[number].follow(Publisher(pod, endpoint))
         try:
             self._open().add(
                 Subscription(endpoint, pod=pod, model=model, topic=topic, copies=copies or "", replay=replay)
@@ -185,12 +208,18 @@ class EventPool:
         Raises `TimeoutError` after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        if self._receiver is not None:
-            self._receiver.settle()
-        marks = [queue.mark() for queue in self._queues]
-        for queue, mark in zip(self._queues, marks, strict=True):
-            if not queue.join(mark, max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"{queue.messages} messages still wait after {timeout} s")
+        while True:
+            if self._receiver is not None:
+                self._receiver.settle()
+            marks = [queue.mark() for queue in self._queues]
+            for queue, mark in zip(self._queues, marks, strict=True):
+                if not queue.join(mark, max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"{queue.messages} messages still wait after {timeout} s")
+            if not any(applier.is_recovering for applier in self._appliers):
+                return
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"messages that were asked for again have not come after {timeout} s")
+            self._pause.wait(_RECOVERY_S)
 
     def stats(self) -> dict[str, int]:
         """Give all counters and gauges of the pool. Names that end in ``_total`` are counters."""
@@ -199,10 +228,20 @@ class EventPool:
             totals.update(dict(counters))
         if self._receiver is not None:
             totals.update(dict(self._receiver.counters))
+            totals.update(self._receiver.replay_counters())
+        totals["dropped_held_total"] = sum(applier.dropped_held for applier in self._appliers)
         totals["dropped_queue_full_total"] = sum(queue.dropped for queue in self._queues)
         totals["queue_depth"] = sum(queue.messages for queue in self._queues)
         totals["queue_bytes"] = sum(queue.bytes for queue in self._queues)
-        for name in ("applied_total", "events_total", "gaps_total", "missing_total", "restarts_total"):
+        for name in (
+            "applied_total",
+            "events_total",
+            "gaps_total",
+            "missing_total",
+            "restarts_total",
+            "replays_total",
+            "replays_failed_total",
+        ):
             totals[name] += 0
         return dict(totals)
 
@@ -219,11 +258,19 @@ class EventPool:
             if self._closed:
                 raise PoolClosed("the pool was closed; make a new one")
             if self._receiver is None:
-                self._receiver = Receiver(lambda message: self._put(message, wait=False), self._log)
+                self._receiver = Receiver(lambda message: self._put(message, wait=False), self._has_room, self._log)
             return self._receiver
 
     def _shard(self, pod: str) -> int:
         return zlib.crc32(pod.encode()) % len(self._queues)
+
+    def _has_room(self, pod: str) -> bool:
+        return self._queues[self._shard(pod)].has_room
+
+    def _ask(self, publisher: Publisher, replay: int, start: int) -> None:
+        receiver = self._receiver
+        if receiver is not None:
+            receiver.replay(publisher, replay, start)
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
@@ -238,7 +285,7 @@ class EventPool:
 
     def _work(self, number: int) -> None:
         queue, applier, lock = self._queues[number], self._appliers[number], self._locks[number]
-        expire_at = time.monotonic() + _EXPIRE_EVERY_S
+        tick_at = expire_at = time.monotonic() + _EXPIRE_EVERY_S
         while True:
             taken = queue.take(_EXPIRE_EVERY_S)
             if taken is None and queue.closed:
@@ -255,6 +302,14 @@ class EventPool:
                     self._log.error("apply_error", topic=first.topic[:80], first_seq=first.seq, error=repr(error))
                     applier.distrust(publisher.pod)
                 queue.done()
+            if time.monotonic() >= tick_at:
+                try:
+                    with lock:
+                        applier.tick()
+                except Exception as error:  # noqa: BLE001  (as above)
+                    self._errors += 1
+                    self._log.error("tick_error", error=repr(error))
+                tick_at = time.monotonic() + _EXPIRE_EVERY_S
             if number == 0 and time.monotonic() >= expire_at:
                 self._index.expire()
                 expire_at = time.monotonic() + _EXPIRE_EVERY_S

@@ -84,14 +84,21 @@ class ShardQueue:
             self.bytes += size
             self._changed.notify_all()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it is less than half full: what can be asked for again should not push out what cannot."""
+        return 2 * self.messages < self._max_messages and 2 * self.bytes < self._max_bytes
+
     def _fits(self, size: int) -> bool:
         return self.messages < self._max_messages and self.bytes + size <= self._max_bytes
 
     def _drop_oldest(self) -> None:
         publisher, line = max(self._waiting.items(), key=lambda item: item[1].messages)
         group = line.groups[0]
-        size = len(group.messages.pop(0).payload)
-        del group.tickets[0]
+        # what is told of a publisher is not said again
+        place = next((place for place, message in enumerate(group.messages) if message.note is None), 0)
+        size = len(group.messages.pop(place).payload)
+        del group.tickets[place]
         group.bytes -= size
         line.messages -= 1
         self.messages -= 1

@@ -123,6 +123,17 @@ class Recovery:
         """Whether a replay is on its way, and messages may be held back."""
         return self._replay is not None
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether messages are known to be missing that are on their way."""
+        replay = self._replay
+        return replay is not None and (replay.why is _Why.START or replay.is_used or bool(self._held))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing among the messages that were applied."""
+        return self._is_whole
+
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
         last = self._last

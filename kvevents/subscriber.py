@@ -17,7 +17,8 @@ import zmq.utils.monitor
 from structlog.typing import FilteringBoundLogger
 
 from kvevents.errors import SubscriptionError
-from kvevents.message import Message
+from kvevents.message import Message, Note, Publisher
+from kvevents.replays import Replays, Request
 
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
@@ -55,9 +56,15 @@ class _Open:
 
 
 class Receiver:
-    """The thread and its sockets. `deliver` gets every message; it must not block."""
+    """The thread and its sockets.
 
-    def __init__(self, deliver: Callable[[Message], None], log: FilteringBoundLogger) -> None:
+    `deliver` gets every message; it must not block. `has_room` says whether there is room for replayed messages of a
+    pod.
+    """
+
+    def __init__(
+        self, deliver: Callable[[Message], None], has_room: Callable[[str], bool], log: FilteringBoundLogger
+    ) -> None:
         self._deliver = deliver
         self._log = log
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -68,6 +75,7 @@ class Receiver:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: list[_Open] = []
         self._poller = zmq.Poller()
+        self._replays = Replays(self._context, self._poller, deliver, has_room, log)
         self._running = True
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="kvevents-receiver", daemon=True)
@@ -81,9 +89,17 @@ class Receiver:
         """Close the sockets of a pod."""
         self._call(lambda: self._remove(pod))
 
+    def replay(self, publisher: Publisher, number: int, start: int) -> None:
+        """Ask a publisher for its messages from a number on; they come like others, marked with the replay's number."""
+        self._post(lambda: self._replay(publisher, number, start))
+
     def settle(self) -> None:
         """Return when everything that has arrived at the sockets has been delivered."""
         self._call(self._receive_all)
+
+    def replay_counters(self) -> dict[str, int]:
+        """Say how many replays were asked for, and how many of them failed."""
+        return {"replays_total": self._replays.asked, "replays_failed_total": self._replays.failed}
 
     def connected(self) -> dict[str, bool]:
         """Say for each pod that was subscribed by name whether its publisher is connected."""
@@ -126,7 +142,7 @@ class Receiver:
         self._poller.register(wake, zmq.POLLIN)
         while self._running:
             try:
-                ready = dict(self._poller.poll())
+                ready = dict(self._poller.poll(self._replays.timeout_ms()))
                 if wake in ready:
                     wake.recv()
                     command = self._commands.get()
@@ -138,9 +154,11 @@ class Receiver:
                         self._receive(opened)
                     if opened.monitor in ready:
                         self._watch(opened)
+                self._replays.receive()
             except Exception as error:  # noqa: BLE001  (one broken socket must not end the reception of all others)
                 self.counters["receiver_errors_total"] += 1
                 self._log.error("receiver_error", error=repr(error))
+        self._replays.close()
         for opened in self._open:
             self._close(opened)
         wake.close(0)
@@ -191,6 +209,8 @@ class Receiver:
         event = zmq.utils.monitor.recv_monitor_message(opened.monitor, zmq.NOBLOCK)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             opened.connected += 1
+            if opened.subscription.replay is not None:
+                self._deliver(_message(opened.subscription, note=Note.CONNECTED))
         elif event == zmq.EVENT_DISCONNECTED:
             opened.connected = max(0, opened.connected - 1)
             opened.heard = False
@@ -225,7 +245,14 @@ class Receiver:
         self._open.append(opened)
         return socket.get_string(zmq.LAST_ENDPOINT) if subscription.bind else subscription.endpoint
 
+    def _replay(self, publisher: Publisher, number: int, start: int) -> None:
+        for opened in self._open:
+            subscription = opened.subscription
+            if (subscription.pod, subscription.endpoint) == publisher and subscription.replay is not None:
+                self._replays.ask(Request(subscription.replay, start, _message(subscription, replay=number)))
+
     def _remove(self, pod: str) -> None:
+        self._replays.drop(pod)
         for opened in [opened for opened in self._open if opened.subscription.pod == pod]:
             self._open.remove(opened)
             self._poller.unregister(opened.socket)
@@ -236,3 +263,18 @@ class Receiver:
         opened.socket.disable_monitor()
         opened.monitor.close(0)
         opened.socket.close(0)
+
+
+def _message(subscription: Subscription, *, replay: int = 0, note: Note | None = None) -> Message:
+    """Make a message that says something of a publisher, or what those of a replay have in common."""
+    return Message(
+        topic=b"",
+        seq=0,
+        payload=b"",
+        pod=subscription.pod,
+        model=subscription.model,
+        endpoint=subscription.endpoint,
+        copies=subscription.copies,
+        replay=replay,
+        note=note,
+    )
