@@ -66,7 +66,9 @@ def fleet(
     rate: Annotated[float, typer.Option(min=0, help="Requests/s in all; 0: full speed.")] = 0.0,
     seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
     wait_subscribers: Annotated[int, typer.Option(min=0, help="Begin when each pod has so many.")] = 1,
-    check: Annotated[str | None, typer.Option(help="URL of a kvindex service to compare with.")] = None,
+    check: Annotated[
+        list[str], typer.Option(help="URL of a kvindex service to compare with; may be given several times.")
+    ] = [],  # noqa: B006
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between checkpoints.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the endpoints as KVINDEX_PODS takes them.")] = False,  # noqa: FBT002

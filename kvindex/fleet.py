@@ -180,6 +180,7 @@ class Checker:
 
     def __init__(self, fleet: Fleet, url: str, *, timeout: float = 30.0) -> None:
         self._fleet = fleet
+        self.url = url
         self._timeout = timeout
         self._client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout, trust_env=False)
 
@@ -247,7 +248,7 @@ def run_fleet(
     wait_timeout: float = 0.0,
     rate: float = 200.0,
     seconds: float = 0.0,
-    check: str | None = None,
+    check: Sequence[str] = (),
     every: float = 5.0,
     samples: int = 50,
     sync_timeout: float = 30.0,
@@ -258,8 +259,8 @@ def run_fleet(
     Endpoints go to standard output, with `as_json` as one line of JSON (all else then goes to standard error). Traffic
     of `rate` requests a second (0: as fast as it goes) starts when each pod has `wait_subscribers` subscribers; waiting
     ends with status 1 after `wait_timeout` seconds (0: never). It ends after `seconds` (0: at SIGINT or SIGTERM).
-    `check` is the URL of a service: each `every` seconds, and at the end, traffic pauses and `samples` prompts are
-    compared, see `Checker`. Any difference makes the status 1.
+    `check` has the URLs of services: each `every` seconds, and at the end, traffic pauses and `samples` prompts are
+    compared with each of them, see `Checker`. Any difference makes the status 1.
     """
     unknown = set(dialects) - set(DIALECTS)
     if unknown:
@@ -292,11 +293,11 @@ def run_fleet(
                 say(f"{entry['pod']}  events {entry['endpoint']}  replay {entry['replay']}  model {entry['model']}")
         if wait_subscribers and not _wait_for_subscribers(fleet, wait_subscribers, wait_timeout, stop, say):
             return 0 if stop.is_set() else 1
-        checker = Checker(fleet, check, timeout=sync_timeout) if check else None
+        checkers = [Checker(fleet, url, timeout=sync_timeout) for url in check]
         try:
-            return _traffic(fleet, checker, rate, seconds, every, samples, seed, stop, say)
+            return _traffic(fleet, checkers, rate, seconds, every, samples, seed, stop, say)
         finally:
-            if checker is not None:
+            for checker in checkers:
                 checker.close()
 
 
@@ -321,7 +322,7 @@ def _wait_for_subscribers(
 
 def _traffic(
     fleet: Fleet,
-    checker: Checker | None,
+    checkers: Sequence[Checker],
     rate: float,
     seconds: float,
     every: float,
@@ -344,7 +345,7 @@ def _traffic(
         over = bool(seconds) and now - start >= seconds
         if over or now >= report_at:
             checkpoints += 1
-            status |= _report(fleet, checker, workload.sample(samples), checkpoints, requests, stop, say)
+            status |= _report(fleet, checkers, workload.sample(samples), checkpoints, requests, stop, say)
             if over:
                 break
             # the time that a checkpoint took does not count as missed traffic
@@ -367,30 +368,32 @@ def _traffic(
 
 def _report(
     fleet: Fleet,
-    checker: Checker | None,
+    checkers: Sequence[Checker],
     prompts: list[list[int]],
     number: int,
     requests: int,
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> int:
-    blocks = fleet.blocks_published()
-    if checker is None:
+    blocks, status = fleet.blocks_published(), 0
+    if not checkers:
         say(f"{requests} requests, {blocks} blocks published")
-        return 0
-    result = checker.check(prompts, stop)
-    if not result.differences:
-        trust = f", {result.degraded} pods called degraded" if result.degraded else ""
-        equal = f"{result.prompts} prompts x {len(fleet.pods)} pods equal"
-        say(f"checkpoint {number}: {equal}, {blocks} blocks published{trust}")
-        return 0
-    if stop.is_set():
-        say(f"checkpoint {number}: stopped before it was done")
-        return 0
-    say(f"checkpoint {number}: {len(result.differences)} DIFFERENCES, {blocks} blocks published")
-    for difference in result.differences[:_DIFFERENCES_SHOWN]:
-        say(f"  {difference}")
-    return 1
+    for checker in checkers:
+        result, name = checker.check(prompts, stop), f"checkpoint {number}"
+        if len(checkers) > 1:
+            name += f", {checker.url}"
+        if not result.differences:
+            trust = f", {result.degraded} pods called degraded" if result.degraded else ""
+            equal = f"{result.prompts} prompts x {len(fleet.pods)} pods equal"
+            say(f"{name}: {equal}, {blocks} blocks published{trust}")
+        elif stop.is_set():
+            say(f"{name}: stopped before it was done")
+        else:
+            say(f"{name}: {len(result.differences)} DIFFERENCES, {blocks} blocks published")
+            for difference in result.differences[:_DIFFERENCES_SHOWN]:
+                say(f"  {difference}")
+            status = 1
+    return status
 
 
 @contextlib.contextmanager

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from indexer import IndexUnavailable, InvalidQuestion, Leases, Prompt, RedisIndex, Source
 from kvindex.errors import UserError
+from kvindex.fleet import Fleet
 from kvindex.serve import run_serve
 
 from .conftest import MODEL, NEEDS_REDIS, removed, stored
@@ -123,12 +126,10 @@ def test_a_scorer_needs_an_index_that_is_shared():
 
 
 @contextlib.contextmanager
-def running(*arguments, **environ):
+def running(*arguments, stderr=subprocess.DEVNULL, **environ):
     plain = {key: value for key, value in os.environ.items() if not key.startswith("KVINDEX_")}
     command = [sys.executable, "-m", "kvindex", *arguments]
-    with subprocess.Popen(
-        command, env=plain | environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    with subprocess.Popen(command, env=plain | environ, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
             yield process
         finally:
@@ -178,3 +179,35 @@ def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_th
         server.thaw()
         assert (said.status_code, said.json()["title"]) == (503, "Index unavailable")
         until(lambda: len(pods_at(ports[0])) == 4)
+
+
+def test_both_scorers_say_what_the_pods_of_a_fleet_hold(server):
+    ports, shared = [_free_port(), _free_port()], {"KVINDEX_INDEX_URL": server.url}
+    fleet = ["fleet", "--pods", "4", "--base-port", "0", "--rate", "100", "--num-blocks", "600", "--json"]
+    fleet += ["--seconds", "3", "--every", "1"]
+    for port in ports:
+        fleet += ["--check", f"http://127.0.0.1:{port}"]
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(running("serve", "--role", "scorer", "--port", str(port), **shared))
+        until(lambda: all(answer(port, "/healthz") for port in ports))
+        pods = stack.enter_context(running(*fleet, stderr=subprocess.PIPE))
+        builder = {"KVINDEX_PODS": pods.stdout.readline(), **shared}
+        stack.enter_context(running("serve", "--role", "builder", "--port", str(_free_port()), **builder))
+        _, said = pods.communicate(timeout=90)
+    assert pods.returncode == 0, said
+    for port in ports:
+        assert said.count(f"http://127.0.0.1:{port}: 50 prompts x 4 pods equal") >= 2, said
+
+
+def test_the_pods_of_the_compose_file_are_those_of_its_fleet():
+    services = yaml.safe_load((Path(__file__).parent.parent / "compose.yaml").read_text())["services"]
+    options = services["fleet"]["command"][1:]
+    pods, port = (int(options[options.index(name) + 1]) for name in ("--pods", "--base-port"))
+    with Fleet(pods) as fleet:
+        names = [entry["pod"] for entry in fleet.endpoints()]
+    for builder in ("builder-0", "builder-1"):
+        listed = json.loads(services[builder]["environment"]["KVINDEX_PODS"])
+        assert [pod["pod"] for pod in listed] == names
+        assert [pod["endpoint"] for pod in listed] == [f"tcp://fleet:{port + 2 * n}" for n in range(pods)]
+        assert {pod["model"] for pod in listed} == {options[options.index("--model") + 1]}
