@@ -126,8 +126,8 @@ class RedisIndex(TrackingIndex):
         """Sources that another builder follows now: nothing of them is written here any more."""
         self._shown: dict[Source, _Outlook] = {}
         """What else the records of sources say, see `_outlook`."""
-        self._begun: dict[Source, set[int]] = {}
-        """Slot numbers under which stale sources were begun to be written."""
+        self._begun: dict[Source, dict[int, bytes]] = {}
+        """Slot numbers under which stale sources were begun to be written, each with whose it is at the latest."""
         self._shed: set[Source] = set()
         """Stale sources of which nothing is in Redis, because it is full."""
         self._gone: dict[Source, Tracked] = {}
@@ -352,9 +352,11 @@ class RedisIndex(TrackingIndex):
         with self._lock:
             self._write_merged()
             gone = [self._mirrors.pop(slot) for slot in slots if slot in self._mirrors]
-            # what is written anew, or forgotten, leaves all that its record says
+            numbers = [mirror.number for mirror in gone if mirror.number >= 0]
             if self._tracked.get(tracked.source) is tracked and not self._is_unwritten(tracked):
-                self._publish(tracked, [mirror.number for mirror in gone])
+                self._publish(tracked, numbers)
+            else:  # they go when it is written anew, or leaves, with all that its record says
+                self._note_begun(tracked, numbers)
             self._flush()
 
     def release(self, pod: str) -> None:
@@ -484,6 +486,7 @@ class RedisIndex(TrackingIndex):
             write = Write(tracked, names.home, LEAVE, owner, keys, (field, b"", _step(), *values), frees=True)
             self._judge(self._writer.write([write]))  # refused: it is another's by now, or gone already
             self._questions.forget(tracked.model)
+            self._begun.pop(tracked.source, None)
             self._shown.pop(tracked.source, None)
             self._lost.discard(tracked.source)
             self._shed.discard(tracked.source)
@@ -557,7 +560,7 @@ class RedisIndex(TrackingIndex):
         guards = self._store.run([("GET", names.home.guard(number)) for number in numbers])
         found = zip(numbers, guards, strict=True)
         known = {number: guard for number, guard in found if builder_of(guard) == records[0].builder}
-        return known | dict.fromkeys(self._begun.get(source, ()), self._writer.me)
+        return known | self._begun.get(source, {})
 
     def _record(self, tracked: Tracked, *, says: str = "") -> SourceRecord:
         """Make a source's record; one that says why nothing is in Redis of it has no slots."""
@@ -616,7 +619,7 @@ class RedisIndex(TrackingIndex):
         if not self._keep_source(tracked):
             return
         numbers = [self._mirrors[slot].number for slot in tracked.ledger.slots.values()]
-        self._begun.setdefault(tracked.source, set()).update(number for number in numbers if number >= 0)
+        self._note_begun(tracked, [number for number in numbers if number >= 0])
         old = self._recorded(names, tracked.source)
         self._shed.discard(tracked.source)  # where this fails, what is written by then has to go
         for slot in tracked.ledger.slots.values():
@@ -629,6 +632,11 @@ class RedisIndex(TrackingIndex):
         self._questions.forget(tracked.model)
         self._unpublished.pop(tracked.source, None)
         self._counters["rewritten_total"] += 1
+
+    def _note_begun(self, tracked: Tracked, numbers: Iterable[int]) -> None:
+        begun = self._begun.setdefault(tracked.source, {})
+        for number in numbers:
+            begun.setdefault(number, self._writer.me)
 
     def _note_models(self) -> None:
         """Say which models there are; in a cluster that may get lost while all else stays."""
@@ -664,7 +672,7 @@ class RedisIndex(TrackingIndex):
         if number < 0:
             raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
         mirror = self._mirrors[slot] = _Mirror(number, published=True)
-        self._begun.setdefault(tracked.source, set()).add(number)
+        self._note_begun(tracked, [number])
         slot.bit = 1 << number
         mirror.logged = len(slot.held)
         self._write_now([*self._holds(tracked, mirror, list(slot.held), list(slot.held.values()))])

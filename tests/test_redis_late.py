@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from indexer import AllBlocksCleared, IndexUnavailable, MemoryIndex, Source
-from indexer.redis_layout import RELEASE
+from indexer.redis_scripts import RELEASE_DYING
 from kvevents.faults import Proxy
 
 from .conftest import MODEL, NEEDS_REDIS, removed, stored
-from .test_redis import begun, nothing_waits, same_content, somewhere, tokens_of, until
+from .test_redis import begun, nothing_waits, same_content, somewhere, tokens_of, unlock, until
 
 pytestmark = NEEDS_REDIS
 A, B = Source("a"), Source("b")
@@ -53,7 +53,7 @@ class Place:
 
     def sweep(self, index):
         """Sweep, whoever did it last."""
-        index._store.run([("DEL", index._layout.sweeper(index._layout.tag(MODEL)))])
+        unlock(index)
         while index.sweep():
             pass
 
@@ -81,11 +81,11 @@ def late_exchange(place, index, chosen):
     with pytest.MonkeyPatch.context() as patch:
         run, seen = index._store.run, []
 
-        def watched(commands):
+        def watched(commands, **more):
             if not seen and chosen(commands):
                 seen.append(commands)
                 place.hold()
-            return run(commands)
+            return run(commands, **more)
 
         patch.setattr(index._store, "run", watched)
         yield seen
@@ -178,7 +178,7 @@ def test_a_sweep_that_arrives_after_its_number_is_anothers(place):
     index, other, reader = place.behind_proxy(A), place.opened(B), place.opened()
     index.apply(A, [stored(range(10), range(40))])
     index.restart(A)
-    with late_exchange(place, index, first_with(RELEASE)):
+    with late_exchange(place, index, first_with(RELEASE_DYING)):
         with suppress(IndexUnavailable):
             index.sweep()
         while index.sweep():
