@@ -8,6 +8,7 @@
 //!   odd version, or another one after its look-up than before, looks again. All words are atomics, so what it read
 //!   meanwhile was old or new but never undefined. Rows move for some ten nanoseconds, so readers rarely look twice.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 use crossbeam_epoch::{Atomic, Guard, Owned};
@@ -70,6 +71,28 @@ pub struct Step {
     pub holds: bool,
 }
 
+thread_local! {
+    static SPARE: RefCell<Vec<Vec<Step>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Step {
+    /// How many steps a list may have whose room is kept.
+    const KEPT: usize = 4096;
+
+    /// An empty list, with the room of one that this thread gave back: events come and go too fast to allocate for each.
+    pub fn room() -> Vec<Self> {
+        SPARE.with_borrow_mut(Vec::pop).unwrap_or_default()
+    }
+
+    /// Keeps the room of a list that is done with.
+    pub fn give_back(mut steps: Vec<Self>) {
+        if (1..=Self::KEPT).contains(&steps.capacity()) {
+            steps.clear();
+            SPARE.with_borrow_mut(|spare| spare.push(steps));
+        }
+    }
+}
+
 /// See the module.
 pub struct Blocks {
     shards: Box<[Shard; SHARDS]>,
@@ -126,7 +149,8 @@ impl Blocks {
     /// Takes the steps of a slot in order. `aliases` counts how often a block is held besides, under other names: so
     /// often it has to be released before it is gone.
     pub fn take(&self, slot: SlotId, steps: &[Step], aliases: &mut HashMap<u64, u64>, guard: &Guard) {
-        let steps = self.by_shard(steps);
+        let sorted = self.by_shard(steps);
+        let steps = &sorted[..];
         let mut changes = self.sets.changes(slot, guard);
         for step in steps.iter().take(AHEAD) {
             self.prefetch(step.key, guard);
@@ -148,6 +172,7 @@ impl Blocks {
                 }
             }
         }
+        Step::give_back(sorted);
     }
 
     /// The steps divided by shard, so that its lock is taken once for all of them; for each block in order.
@@ -160,7 +185,8 @@ impl Blocks {
         for end in &mut ends {
             sum += std::mem::replace(end, sum);
         }
-        let mut sorted = vec![Step { key: 0, holds: false }; steps.len()];
+        let mut sorted = Step::room();
+        sorted.resize(steps.len(), Step { key: 0, holds: false });
         for step in steps {
             let place = &mut ends[self.shard_number(step.key)];
             sorted[*place] = *step;

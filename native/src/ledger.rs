@@ -77,9 +77,8 @@ impl Tier {
     }
 }
 
-/// How many steps are kept back at most, and for how many the room is kept.
+/// How many steps are kept back at most.
 const DUE: usize = 1024;
-const KEPT: usize = 64;
 
 /// A block key and the size of its block.
 pub type Known = (u64, u32);
@@ -466,17 +465,20 @@ impl Ledger {
             self.settle(at);
             self.due_slot = slot;
         }
+        if self.due.capacity() == 0 {
+            self.due = Step::room();
+        }
     }
 
     /// Does to the table of blocks what is still to be done, for many blocks at a time. At the latest before the lock of
     /// the ledger is let go.
     pub fn settle(&mut self, at: &Here) {
-        if !self.due.is_empty() {
+        let due = std::mem::take(&mut self.due);
+        if !due.is_empty() {
             let slot = &mut self.slots[self.due_slot];
-            at.blocks.take(slot.id, &self.due, &mut slot.aliases, &pin());
-            self.due.clear();
-            self.due.shrink_to(KEPT);
+            at.blocks.take(slot.id, &due, &mut slot.aliases, &pin());
         }
+        Step::give_back(due);
     }
 
     /// Applies a removal. It takes one copy of each hash.

@@ -29,7 +29,7 @@ pub const MAX_EVENTS: usize = 65_536;
 pub const MAX_RANK: u32 = 65_535;
 
 /// How many events room is made for before any is read.
-const ROOM: usize = 64;
+const ROOM: usize = 4;
 
 /// Timestamps above this are milliseconds: as seconds it would be the year 5138.
 const MILLISECONDS: u64 = 100_000_000_000;
