@@ -160,8 +160,13 @@ class Recovery:
         if done.why is not _Why.START and not done.is_used and not done.is_idle:
             self._begin_anew(actions, now)  # who sent the last message would have it still
             return actions
+        last, held = self._last, self._held
+        if held and not done.delivered and not done.is_idle and (last is None or held[0].seq > last + 1):
+            return self.failed(replay, now)  # to ask again at once would be to ask for ever
         self._replay = None
         self._cool_down = COOL_DOWN_S
+        if last is None:
+            self._is_whole = True  # it never said anything
         if done.is_idle:
             self._ask_at = now + MOST_COOL_DOWN_S  # it will not go back further so soon
         self._release(done, actions, now)

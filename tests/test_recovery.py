@@ -629,3 +629,34 @@ def test_what_was_spoiled_before_a_clear_is_of_no_interest():
     world.tick()
     world.check_exact()
     assert not world.asked
+
+
+def test_an_engine_that_has_said_nothing_is_known():
+    world = World()
+    world.connect()
+    world.fail()
+    world.tick()
+    world.serve()
+    world.check_exact()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_replays_that_lack_what_was_heard_are_not_asked_for_again_at_once(number):
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.live(run(number), 0)
+    assert "ask 0" not in told(recovery.ended(1, 0))
+    assert told(recovery.tick(COOL_DOWN_S - 0.1)) == []
+
+
+def test_a_replay_that_lacks_the_messages_of_a_gap_is_not_asked_for_again_at_once():
+    world = following(2)
+    world.publish(lost=True)
+    world.publish()
+    world.hear()
+    world.answer(lost={1, 2})
+    world.read()
+    assert [message.seq for message in world.consumer.applied] == [0, 1, 3]
+    assert told(world.asked) == ["ask 1"]
+    world.settle()
+    world.check_exact()
