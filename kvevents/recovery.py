@@ -75,7 +75,7 @@ class _Why(Enum):
 class _Replay:
     """One that is on its way."""
 
-    __slots__ = ("delivered", "has_begun", "heard_at", "is_idle", "is_used", "may_retry", "number", "why")
+    __slots__ = ("delivered", "has_begun", "heard_at", "is_idle", "is_retry", "is_used", "number", "why")
 
     def __init__(self, number: int, why: _Why, now: float) -> None:
         self.number = number
@@ -87,7 +87,8 @@ class _Replay:
         """It said something that is of use."""
         self.is_idle = False
         """It said something that is of no use: it does not go back far enough."""
-        self.may_retry = True
+        self.is_retry = False
+        """There is more than what one before said."""
         self.delivered: dict[int, int] = {}
         """Digests of what it said, by number: live messages may say the same."""
 
@@ -180,10 +181,15 @@ class Recovery:
         done = self._replay
         if done is None or done.number != replay:
             return actions
+        if done.delivered:
+            self._ask(_Why.CHECK, actions, now).is_retry = True  # go on where it stopped
+            return actions
         self._replay = None
         self._ask_at = now + self._cool_down
         self._cool_down = min(2 * self._cool_down, MOST_COOL_DOWN_S)
-        self._is_whole = self._is_whole and done.why is _Why.CHECK and not self._held
+        self._is_whole = self._is_whole and done.why is _Why.CHECK and not done.is_retry
+        if not self._is_whole:
+            actions.append(Doubt())
         self._release(done, actions, now)
         return actions
 
@@ -271,12 +277,12 @@ class Recovery:
                 return
         replay.is_used = True
         if last is not None and seq > last + 1:
-            may_retry = replay.may_retry and not is_first
+            may_retry = not is_first and (len(replay.delivered) > 0 or not replay.is_retry)
             self._fill(replay, seq, actions, now, with_gaps=not may_retry)
             if self._replay is not replay:
                 return
             if may_retry and self._last is not None and seq > self._last + 1:
-                self._ask(_Why.CHECK, actions, now).may_retry = False  # some of it was lost on its way
+                self._ask(_Why.CHECK, actions, now).is_retry = True  # some of it was lost on its way
                 return
         if self._last is None or seq > self._last:
             self._deliver_replayed(replay, message, actions, now)

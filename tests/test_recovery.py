@@ -660,3 +660,55 @@ def test_a_replay_that_lacks_the_messages_of_a_gap_is_not_asked_for_again_at_onc
     assert told(world.asked) == ["ask 1"]
     world.settle()
     world.check_exact()
+
+
+def test_what_a_replay_said_that_stopped_halfway_is_gone_on_from():
+    world = World()
+    world.publish(6, lost=True)
+    world.connect()
+    world.answer(lost={4, 5}, ends=False)
+    world.read()
+    world.tick(PATIENCE_S + 1)
+    assert told(world.asked) == ["ask 0", "ask 3"]
+    world.serve()
+    world.check_exact()
+
+
+@pytest.mark.parametrize("lost", [{2, 3}, {1}])
+def test_what_failed_halfway_is_not_called_exact(lost):
+    world = World()
+    world.publish(4, lost=True)
+    world.connect()
+    world.answer(lost=lost, ends=False)
+    world.read()
+    world.fail()
+    world.fail()
+    assert not world.consumer.is_exact
+    world.tick(COOL_DOWN_S)
+    world.serve()
+    world.check_exact()
+
+
+def test_long_replays_of_which_only_the_beginning_arrives_are_put_together():
+    world = World()
+    world.publish(20, lost=True)
+    world.connect()
+    for _ in range(10):
+        world.answer(lost=range(4, 20), ends=False)
+        world.read()
+        world.publish()
+        world.hear()
+        world.tick(PATIENCE_S + 1)
+    world.serve()
+    world.check_exact()
+
+
+def test_a_failed_question_in_a_silence_changes_nothing():
+    world = following(2)
+    world.tick(SILENCE_S + 1)
+    world.publish()
+    world.hear()
+    world.fail()
+    world.check_exact()
+    world.tick(COOL_DOWN_S)
+    assert told(world.asked) == ["ask 1"]
