@@ -111,6 +111,7 @@ class Recovery:
         self._held_bytes = 0
         self._ask_at = 0.0
         self._cool_down = COOL_DOWN_S
+        self._heal_at = 0.0
         self._heard_at = 0.0
         self._silence = SILENCE_S
         self.dropped = 0
@@ -168,8 +169,6 @@ class Recovery:
         self._cool_down = COOL_DOWN_S
         if last is None:
             self._is_whole = True  # it never said anything
-        if done.is_idle:
-            self._ask_at = now + MOST_COOL_DOWN_S  # it will not go back further so soon
         self._release(done, actions, now)
         if self._replay is None and self._is_whole:
             actions.append(Whole())
@@ -197,7 +196,7 @@ class Recovery:
         """Hear that the publisher's socket is connected, for the first time or again: it may be another publisher."""
         actions: list[Action] = []
         if self._replay is None and self._may_ask(now):
-            self._ask(_Why.START if self._last is None else _Why.CHECK, actions, now)
+            self._ask(self._start_or(_Why.CHECK), actions, now)
         return actions
 
     def tick(self, now: float) -> list[Action]:
@@ -208,11 +207,11 @@ class Recovery:
         actions: list[Action] = []
         if not self._may_ask(now):
             return actions
-        if not self._is_whole:
-            self._ask(_Why.START if self._last is None else _Why.HEAL, actions, now)
-        elif self._last is not None and now - self._heard_at > self._silence:
+        if not self._is_whole and now >= self._heal_at:
+            self._ask(self._start_or(_Why.HEAL), actions, now)
+        elif self._replays and now - self._heard_at > self._silence:
             self._heard_at, self._silence = now, min(2 * self._silence, MOST_SILENCE_S)
-            self._ask(_Why.CHECK, actions, now)
+            self._ask(self._start_or(_Why.CHECK), actions, now)
         return actions
 
     def spoiled(self) -> None:
@@ -239,7 +238,7 @@ class Recovery:
             if last is not None:
                 actions.append(Doubt())
             self._hold(message)
-            self._ask(_Why.START if last is None else _Why.CHECK, actions, now)
+            self._ask(self._start_or(_Why.CHECK), actions, now)
         elif seq == last + 1:
             self._deliver(message, actions, now)
         else:
@@ -247,25 +246,24 @@ class Recovery:
 
     def _restarted(self, message: Message, actions: list[Action], now: float) -> None:
         """Go on with a message of a publisher that began anew."""
-        self._drop_held()
-        if not self._may_ask(now):
-            self._replay, self._last = None, None
-            actions.append(Begin())
+        if self._may_ask(now):
+            self._begin_anew(actions, now)
+            self._hold(message)
+        else:
+            self._forget(actions)
             self._deliver(message, actions, now)
-            return
-        self._begin_anew(actions, now)
-        self._hold(message)
 
     def _replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
         seq, is_first = message.seq, not replay.is_used
         if replay.is_idle:
             return
-        if is_first and replay.why is _Why.HEAL:
-            if seq > self._first:
-                replay.is_idle = True
+        if is_first and replay.why is not _Why.CHECK and seq > self._first:
+            self._heal_at = now + MOST_COOL_DOWN_S  # it will not go back further so soon
+            replay.is_idle = replay.why is _Why.HEAL
+            if replay.is_idle:
                 return
-            actions.append(Begin())
-            self._last, self._is_whole = None, True
+        elif is_first and replay.why is _Why.HEAL:
+            self._forget(actions)
         elif is_first and not replay.has_begun and seq <= self._first:
             actions.append(Begin())
         last = self._last
@@ -318,9 +316,16 @@ class Recovery:
     def _begin_anew(self, actions: list[Action], now: float) -> None:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
         self._drop_held()
-        self._last, self._is_whole = None, True
-        actions.append(Begin())
+        self._forget(actions)
         self._ask(_Why.START, actions, now).has_begun = True
+
+    def _forget(self, actions: list[Action]) -> None:
+        self._last, self._is_whole = None, True
+        self._heal_at = 0.0
+        actions.append(Begin())
+
+    def _start_or(self, why: _Why) -> _Why:
+        return _Why.START if self._last is None else why
 
     def _ask(self, why: _Why, actions: list[Action], now: float) -> _Replay:
         self._replays += 1

@@ -712,3 +712,55 @@ def test_a_failed_question_in_a_silence_changes_nothing():
     world.check_exact()
     world.tick(COOL_DOWN_S)
     assert told(world.asked) == ["ask 1"]
+
+
+def late(ring=4):
+    """A world in which the ring did not reach back to the first message."""
+    world = World(ring)
+    world.publish(8, lost=True)
+    world.connect()
+    world.serve()
+    return world
+
+
+def test_a_ring_that_does_not_reach_back_is_not_read_again_so_soon():
+    world = late()
+    assert [message.seq for message in world.consumer.applied] == [4, 5, 6, 7]
+    for _ in range(round(MOST_COOL_DOWN_S) - 1):
+        world.publish()
+        world.hear()
+        world.tick()
+        assert told(world.asked) == ["ask 0"]
+    world.tick()
+    assert told(world.asked) == ["ask 0", "ask 0"]
+
+
+def test_gaps_are_filled_also_where_the_beginning_is_missing():
+    world = late()
+    for _ in range(2):
+        world.publish(lost=True)
+        world.publish()
+        world.hear()
+        world.serve()
+        world.tick(MOST_COOL_DOWN_S)
+        world.serve()
+    assert [message.seq for message in world.consumer.applied] == list(range(4, 12))
+    assert not world.consumer.is_exact
+
+
+def test_silences_are_asked_about_also_where_the_beginning_is_missing():
+    world = late()
+    world.publish(2, lost=True)
+    world.tick(SILENCE_S + 1)
+    world.serve()
+    assert [message.seq for message in world.consumer.applied] == list(range(4, 10))
+
+
+def test_a_replay_that_said_nothing_is_asked_for_again_in_the_silence():
+    world = World()
+    world.publish(2, lost=True)
+    world.connect()
+    world.answer(lost={0, 1})
+    world.read()
+    world.settle()
+    world.check_exact()
