@@ -105,6 +105,8 @@ class Recovery:
         self._digest = 0
         self._is_whole = True
         """No message is missing among those that were applied."""
+        self._is_unsure = False
+        """The next message may be of another publisher than the last one."""
         self._replay: _Replay | None = None
         self._replays = 0
         self._held: deque[Message] = deque()
@@ -128,7 +130,7 @@ class Recovery:
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
         last = self._last
-        if self._replay is not None or last is None:
+        if self._replay is not None or last is None or self._is_unsure:
             return False
         if [message.seq for message in messages] != list(range(last + 1, last + 1 + len(messages))):
             return False
@@ -187,7 +189,7 @@ class Recovery:
         self._ask_at = now + self._cool_down
         self._cool_down = min(2 * self._cool_down, MOST_COOL_DOWN_S)
         self._is_whole = self._is_whole and done.why is _Why.CHECK and not done.is_retry
-        if not self._is_whole:
+        if not self._is_whole or self._is_unsure:
             actions.append(Doubt())
         self._release(done, actions, now)
         return actions
@@ -195,7 +197,9 @@ class Recovery:
     def connected(self, now: float) -> list[Action]:
         """Hear that the publisher's socket is connected, for the first time or again: it may be another publisher."""
         actions: list[Action] = []
-        if self._replay is None and self._may_ask(now):
+        self._drop_held()  # of the connection before
+        self._is_unsure = self._last is not None
+        if self._replay is not None or self._may_ask(now):
             self._ask(self._start_or(_Why.CHECK), actions, now)
         return actions
 
@@ -207,7 +211,9 @@ class Recovery:
         actions: list[Action] = []
         if not self._may_ask(now):
             return actions
-        if not self._is_whole and now >= self._heal_at:
+        if self._is_unsure:
+            self._ask(_Why.CHECK, actions, now)
+        elif not self._is_whole and now >= self._heal_at:
             self._ask(self._start_or(_Why.HEAL), actions, now)
         elif self._replays and now - self._heard_at > self._silence:
             self._heard_at, self._silence = now, min(2 * self._silence, MOST_SILENCE_S)
@@ -231,7 +237,7 @@ class Recovery:
                 self._restarted(message, actions, now)  # what is held is of the one before
             else:
                 self._hold(message)
-        elif last is None or seq > last + 1:
+        elif last is None or seq > last + 1 or (seq == last + 1 and self._is_unsure):
             if not self._may_ask(now):
                 self._deliver(message, actions, now)
                 return
@@ -273,6 +279,7 @@ class Recovery:
             if seq == last and _digest_of(message) != self._digest:
                 self._begin_anew(actions, now)
                 return
+            self._is_unsure = seq > last
         replay.is_used = True
         if last is not None and seq > last + 1:
             may_retry = not is_first and (len(replay.delivered) > 0 or not replay.is_retry)
@@ -320,7 +327,7 @@ class Recovery:
         self._ask(_Why.START, actions, now).has_begun = True
 
     def _forget(self, actions: list[Action]) -> None:
-        self._last, self._is_whole = None, True
+        self._last, self._is_whole, self._is_unsure = None, True, False
         self._heal_at = 0.0
         actions.append(Begin())
 
@@ -341,8 +348,10 @@ class Recovery:
         last = self._last
         if last is None:
             self._is_whole = self._is_whole and message.seq <= self._first
-        elif message.seq != last + 1:
-            self._is_whole = False
+        elif message.seq != last + 1 or self._is_unsure:
+            if self._is_unsure:
+                actions.append(Doubt())
+            self._is_whole = self._is_unsure = False
         self._note(message, now)
         if actions and isinstance(actions[-1], Deliver):
             actions[-1].messages.append(message)

@@ -764,3 +764,81 @@ def test_a_replay_that_said_nothing_is_asked_for_again_in_the_silence():
     world.read()
     world.settle()
     world.check_exact()
+
+
+def test_a_new_connection_is_asked_who_it_is_also_when_that_has_to_wait():
+    world = following(3)
+    world.tick(SILENCE_S + 1)
+    world.fail()
+    world.restart(3)
+    world.hear()
+    assert told(world.asked) == ["ask 2"]
+    world.tick(COOL_DOWN_S)
+    world.publish()  # it has the number that is due
+    world.hear()
+    world.serve()
+    world.check_exact()
+
+
+def test_what_a_new_connection_says_before_it_can_be_asked_is_in_doubt():
+    world = following(3)
+    world.tick(SILENCE_S + 1)
+    world.fail()
+    world.restart(3)
+    world.publish()
+    world.hear()
+    assert [message.seq for message in world.consumer.applied] == [0, 1, 2, 3]
+    assert not world.consumer.is_exact
+    world.settle()
+    world.check_exact()
+
+
+def test_what_a_new_connection_says_when_it_can_be_asked_waits_for_the_answer():
+    world = following(3)
+    world.tick(SILENCE_S + 1)
+    world.fail()
+    world.restart(3)
+    world.hear()
+    world.now += COOL_DOWN_S
+    world.publish()
+    world.hear()
+    assert told(world.asked) == ["ask 2", "ask 2"]
+    world.serve()
+    world.check_exact()
+
+
+@pytest.mark.parametrize("heard", [0, 3])
+def test_a_connection_made_while_a_replay_is_on_its_way_is_asked_too(heard):
+    world = following(heard)
+    world.tick(SILENCE_S + 1)
+    world.publish()
+    world.hear()
+    world.answer(lost={1})
+    world.restart(4)
+    world.publish()
+    world.hear()
+    world.serve()
+    world.check_exact()
+
+
+def test_an_answer_without_the_last_message_says_nothing_of_who_it_is():
+    world = following(3)
+    world.restart(4, noted=False)
+    world.tick(SILENCE_S + 1)
+    world.answer(lost={0})
+    world.read()
+    assert [message.seq for message in world.consumer.applied] == [0, 1, 2, 3]
+    assert not world.consumer.is_exact
+    world.settle()
+    world.check_exact()
+
+
+def test_a_connection_that_cannot_be_asked_is_in_doubt_until_it_is():
+    world = following(3)
+    world.connect()
+    world.fail()
+    assert not world.consumer.is_exact
+    world.tick(COOL_DOWN_S)
+    world.serve()
+    world.check_exact()
+    assert told(world.asked) == ["ask 2", "ask 2"]
