@@ -89,8 +89,8 @@ class _Replay:
         """It said something that is of no use: it does not go back far enough."""
         self.is_retry = False
         """There is more than what one before said."""
-        self.delivered: dict[int, int] = {}
-        """Digests of what it said, by number: live messages may say the same."""
+        self.delivered = 0
+        """Messages that were not known before."""
 
 
 class Recovery:
@@ -107,6 +107,8 @@ class Recovery:
         """No message is missing among those that were applied."""
         self._is_unsure = False
         """The next message may be of another publisher than the last one."""
+        self._said: dict[int, int] = {}
+        """Digests of what replays said, by number, until live messages are past it: they may say the same."""
         self._replay: _Replay | None = None
         self._replays = 0
         self._held: deque[Message] = deque()
@@ -135,6 +137,7 @@ class Recovery:
         if [message.seq for message in messages] != list(range(last + 1, last + 1 + len(messages))):
             return False
         self._note(messages[-1], now)
+        self._said.clear()
         return True
 
     def live(self, messages: Iterable[Message], now: float) -> list[Action]:
@@ -171,7 +174,7 @@ class Recovery:
         self._cool_down = COOL_DOWN_S
         if last is None:
             self._is_whole = True  # it never said anything
-        self._release(done, actions, now)
+        self._release(actions, now)
         if self._replay is None and self._is_whole:
             actions.append(Whole())
         return actions
@@ -191,7 +194,7 @@ class Recovery:
         self._is_whole = self._is_whole and done.why is _Why.CHECK and not done.is_retry
         if not self._is_whole or self._is_unsure:
             actions.append(Doubt())
-        self._release(done, actions, now)
+        self._release(actions, now)
         return actions
 
     def connected(self, now: float) -> list[Action]:
@@ -246,8 +249,9 @@ class Recovery:
             self._hold(message)
             self._ask(self._start_or(_Why.CHECK), actions, now)
         elif seq == last + 1:
+            self._said.clear()
             self._deliver(message, actions, now)
-        else:
+        elif self._said.get(seq) != _digest_of(message):
             self._restarted(message, actions, now)
 
     def _restarted(self, message: Message, actions: list[Action], now: float) -> None:
@@ -282,7 +286,7 @@ class Recovery:
             self._is_unsure = seq > last
         replay.is_used = True
         if last is not None and seq > last + 1:
-            may_retry = not is_first and (len(replay.delivered) > 0 or not replay.is_retry)
+            may_retry = not is_first and (replay.delivered > 0 or not replay.is_retry)
             self._fill(replay, seq, actions, now, with_gaps=not may_retry)
             if self._replay is not replay:
                 return
@@ -304,21 +308,20 @@ class Recovery:
         digest = _digest_of(message)
         while self._held and self._held[0].seq <= message.seq:
             held = self._held[0]
-            if (digest if held.seq == message.seq else replay.delivered.get(held.seq)) != _digest_of(held):
+            if (digest if held.seq == message.seq else self._said.get(held.seq)) != _digest_of(held):
                 self._begin_anew(actions, now)  # it restarted while it was asked
                 return
             self._unhold()
-        replay.delivered[message.seq] = digest
+        replay.delivered += 1
         self._deliver(message, actions, now)
+        self._said[message.seq] = digest
 
-    def _release(self, done: _Replay, actions: list[Action], now: float) -> None:
+    def _release(self, actions: list[Action], now: float) -> None:
         """Go on with what was held back."""
         held = list(self._held)
         self._drop_held()
         for message in held:
-            known = done.delivered.get(message.seq)
-            if known is None or known != _digest_of(message):
-                self._live(message, actions, now)
+            self._live(message, actions, now)
 
     def _begin_anew(self, actions: list[Action], now: float) -> None:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
@@ -329,6 +332,7 @@ class Recovery:
     def _forget(self, actions: list[Action]) -> None:
         self._last, self._is_whole, self._is_unsure = None, True, False
         self._heal_at = 0.0
+        self._said.clear()
         actions.append(Begin())
 
     def _start_or(self, why: _Why) -> _Why:

@@ -842,3 +842,30 @@ def test_a_connection_that_cannot_be_asked_is_in_doubt_until_it_is():
     world.serve()
     world.check_exact()
     assert told(world.asked) == ["ask 2", "ask 2"]
+
+
+def test_messages_that_come_live_after_the_replay_that_has_them_are_no_restart():
+    world = World()
+    world.publish(3)
+    world.do(world.recovery.connected(world.now))
+    world.serve()
+    world.check_exact()
+    world.hear()
+    world.publish()
+    world.hear()
+    world.check_exact()
+    assert told(world.asked) == ["ask 0"]
+
+
+def test_messages_that_come_live_during_the_replay_after_the_one_that_has_them_are_no_restart():
+    world = World()
+    world.publish(3)
+    world.do(world.recovery.connected(world.now))
+    world.serve()
+    world.tick(SILENCE_S + 1)
+    world.hear(2)
+    world.publish()
+    world.serve()
+    world.hear()
+    world.check_exact()
+    assert told(world.asked) == ["ask 0", "ask 2"]
