@@ -75,14 +75,12 @@ class _Why(Enum):
 class _Replay:
     """One that is on its way."""
 
-    __slots__ = ("delivered", "has_begun", "heard_at", "is_idle", "is_retry", "is_used", "number", "why")
+    __slots__ = ("delivered", "heard_at", "is_idle", "is_retry", "is_used", "number", "why")
 
     def __init__(self, number: int, why: _Why, now: float) -> None:
         self.number = number
         self.why = why
         self.heard_at = now
-        self.has_begun = why is not _Why.START
-        """What was known before is forgotten already, or stays."""
         self.is_used = False
         """It said something that is of use."""
         self.is_idle = False
@@ -105,6 +103,8 @@ class Recovery:
         self._digest = 0
         self._is_whole = True
         """No message is missing among those that were applied."""
+        self._has_begun = False
+        """What was known before this publisher is forgotten."""
         self._is_unsure = False
         """The next message may be of another publisher than the last one."""
         self._said: dict[int, int] = {}
@@ -274,8 +274,6 @@ class Recovery:
                 return
         elif is_first and replay.why is _Why.HEAL:
             self._forget(actions)
-        elif is_first and not replay.has_begun and seq <= self._first:
-            actions.append(Begin())
         last = self._last
         if is_first and replay.why is _Why.CHECK and last is not None:
             if seq < last:
@@ -327,12 +325,13 @@ class Recovery:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
         self._drop_held()
         self._forget(actions)
-        self._ask(_Why.START, actions, now).has_begun = True
+        self._ask(_Why.START, actions, now)
 
     def _forget(self, actions: list[Action]) -> None:
         self._last, self._is_whole, self._is_unsure = None, True, False
         self._heal_at = 0.0
         self._said.clear()
+        self._has_begun = True
         actions.append(Begin())
 
     def _start_or(self, why: _Why) -> _Why:
@@ -351,7 +350,9 @@ class Recovery:
     def _deliver(self, message: Message, actions: list[Action], now: float) -> None:
         last = self._last
         if last is None:
-            self._is_whole = self._is_whole and message.seq <= self._first
+            self._is_whole = message.seq <= self._first
+            if self._is_whole and not self._has_begun:
+                self._forget(actions)
         elif message.seq != last + 1 or self._is_unsure:
             if self._is_unsure:
                 actions.append(Doubt())

@@ -869,3 +869,20 @@ def test_messages_that_come_live_during_the_replay_after_the_one_that_has_them_a
     world.hear()
     world.check_exact()
     assert told(world.asked) == ["ask 0", "ask 2"]
+
+
+def test_a_restart_heard_from_its_first_message_on_is_whole_without_replays():
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.failed(1, 0)
+    assert told(recovery.live(run(4), 0)) == ["deliver 4"]
+    assert told(recovery.live(run(0, 1, life=1), 0)) == ["begin", "deliver 0 1"]
+    assert told(recovery.tick(COOL_DOWN_S)) == []
+
+
+def test_a_first_message_begins_also_without_replays():
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.failed(1, 0)
+    assert told(recovery.live(run(0, 1), 0)) == ["begin", "deliver 0 1"]
+    assert told(recovery.tick(COOL_DOWN_S)) == []
