@@ -132,11 +132,12 @@ class Recovery:
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
         last = self._last
-        if self._replay is not None or last is None or self._is_unsure:
+        if self._replay is not None or last is None or self._is_unsure or not messages:
             return False
         if [message.seq for message in messages] != list(range(last + 1, last + 1 + len(messages))):
             return False
         self._note(messages[-1], now)
+        self._silence = SILENCE_S
         self._said.clear()
         return True
 

@@ -886,3 +886,16 @@ def test_a_first_message_begins_also_without_replays():
     recovery.failed(1, 0)
     assert told(recovery.live(run(0, 1), 0)) == ["begin", "deliver 0 1"]
     assert told(recovery.tick(COOL_DOWN_S)) == []
+
+
+def test_messages_that_only_go_on_end_a_silence():
+    world = following(1)
+    for _ in range(100):
+        world.tick()
+        world.serve()
+    world.asked.clear()
+    assert not world.recovery.goes_on([], world.now)
+    world.publish()
+    world.hear()
+    world.tick(SILENCE_S + 1)
+    assert told(world.asked) == ["ask 1"]
