@@ -287,8 +287,6 @@ class Recovery:
         if last is not None and seq > last + 1:
             may_retry = not is_first and (replay.delivered > 0 or not replay.is_retry)
             self._fill(replay, seq, actions, now, with_gaps=not may_retry)
-            if self._replay is not replay:
-                return
             if may_retry and self._last is not None and seq > self._last + 1:
                 self._ask(_Why.CHECK, actions, now).is_retry = True  # some of it was lost on its way
                 return
@@ -297,7 +295,7 @@ class Recovery:
 
     def _fill(self, replay: _Replay, before: int, actions: list[Action], now: float, *, with_gaps: bool) -> None:
         """Deliver what is held of that which a replay lacks."""
-        while self._held and self._last is not None and self._replay is replay:
+        while self._held and self._last is not None:
             seq = self._held[0].seq
             if not self._last < seq < before or (seq > self._last + 1 and not with_gaps):
                 return

@@ -903,6 +903,72 @@ def test_messages_that_only_go_on_end_a_silence():
     assert told(world.asked) == ["ask 1"]
 
 
+def test_what_nobody_asked_for_is_not_heard():
+    recovery = Recovery()
+    assert recovery.tick(SILENCE_S + 1) == []
+    assert recovery.replayed(1, run(0), 0) == recovery.ended(1, 0) == recovery.failed(1, 0) == []
+
+
+def test_holes_are_not_filled_with_what_comes_after_them_or_is_of_another_life():
+    world = following(3)
+    world.publish(4, lost=True)
+    world.publish()
+    world.hear()
+    world.answer(lost={2, 3})  # 2 3 6 7, and 7 is held
+    world.read()
+    assert told(world.asked) == ["ask 2", "ask 3"]
+    world.serve()
+    world.check_exact()
+    world.asked.clear()
+    world.publish(3, lost=True)
+    world.tick(SILENCE_S + 1)
+    world.answer(lost={1})  # 7 9 10
+    world.restart(1, noted=False)
+    world.publish()
+    world.hear()
+    world.read()
+    assert told(world.asked) == ["ask 7", "ask 7"]
+    world.serve()
+    world.check_exact()
+
+
+def test_a_hole_is_not_filled_with_what_leaves_another():
+    world = following(3)
+    world.publish(2, lost=True)
+    world.publish()
+    world.hear()
+    world.publish(lost=True)
+    world.answer(lost={1, 2, 3})  # 2 6, and 5 is held
+    world.read()
+    assert told(world.asked) == ["ask 2", "ask 2"]
+    world.serve()
+    world.check_exact()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_live_messages_wait_also_for_a_replay_that_does_not_reach_back(lost):
+    world = late()
+    world.tick(MOST_COOL_DOWN_S)
+    world.answer()
+    world.publish(lost, lost=True)
+    world.publish()
+    world.hear()
+    world.serve()
+    assert [message.seq for message in world.consumer.applied] == list(range(4, 9 + lost))
+    assert not world.consumer.is_exact
+
+
+def test_live_messages_wait_for_an_answer_that_says_nothing_new():
+    world = following(2)
+    world.tick(SILENCE_S + 1)
+    world.answer()
+    world.publish()
+    world.hear()
+    world.read()
+    world.check_exact()
+    assert told(world.asked) == ["ask 1"]
+
+
 OPS = st.one_of(
     st.tuples(st.just("publish"), st.integers(1, 4), st.booleans()),
     st.tuples(st.just("clear")),
