@@ -966,7 +966,34 @@ def test_live_messages_wait_for_an_answer_that_says_nothing_new():
     world.hear()
     world.read()
     world.check_exact()
-    assert told(world.asked) == ["ask 1"]
+    world.publish(lost=True)
+    world.publish()
+    world.hear()
+    assert told(world.asked) == ["ask 1", "ask 2"]
+
+
+def test_a_replay_that_goes_on_is_waited_for():
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.replayed(1, run(0), PATIENCE_S - 1)
+    assert recovery.tick(2 * PATIENCE_S - 2) == []
+    assert told(recovery.tick(2 * PATIENCE_S)) == ["ask 0"]
+
+
+@pytest.mark.parametrize("how", ["live", "goes_on"])
+def test_live_messages_end_a_silence_and_the_memory_of_replays(how):
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.replayed(1, run(0), 0)
+    recovery.ended(1, 0)
+    for number, now in [(2, 10), (3, 30)]:
+        assert told(recovery.tick(now)) == ["ask 0"]
+        recovery.replayed(number, run(0), now)
+        recovery.ended(number, now)
+    assert recovery._said
+    getattr(recovery, how)(run(1), 30)
+    assert not recovery._said
+    assert told(recovery.tick(31 + SILENCE_S)) == ["ask 1"]
 
 
 OPS = st.one_of(
