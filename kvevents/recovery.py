@@ -75,21 +75,20 @@ class _Why(Enum):
 class _Replay:
     """One that is on its way."""
 
-    __slots__ = ("delivered", "has_begun", "heard_at", "is_idle", "is_used", "may_retry", "number", "why")
+    __slots__ = ("delivered", "heard_at", "is_idle", "is_retry", "is_used", "number", "why")
 
     def __init__(self, number: int, why: _Why, now: float) -> None:
         self.number = number
         self.why = why
         self.heard_at = now
-        self.has_begun = why is not _Why.START
-        """What was known before is forgotten already, or stays."""
         self.is_used = False
         """It said something that is of use."""
         self.is_idle = False
         """It said something that is of no use: it does not go back far enough."""
-        self.may_retry = True
-        self.delivered: dict[int, int] = {}
-        """Digests of what it said, by number: live messages may say the same."""
+        self.is_retry = False
+        """There is more than what one before said."""
+        self.delivered = 0
+        """Messages that were not known before."""
 
 
 class Recovery:
@@ -104,12 +103,19 @@ class Recovery:
         self._digest = 0
         self._is_whole = True
         """No message is missing among those that were applied."""
+        self._has_begun = False
+        """What was known before this publisher is forgotten."""
+        self._is_unsure = False
+        """The next message may be of another publisher than the last one."""
+        self._said: dict[int, int] = {}
+        """Digests of what replays said, by number, until live messages are past it: they may say the same."""
         self._replay: _Replay | None = None
         self._replays = 0
         self._held: deque[Message] = deque()
         self._held_bytes = 0
         self._ask_at = 0.0
         self._cool_down = COOL_DOWN_S
+        self._heal_at = 0.0
         self._heard_at = 0.0
         self._silence = SILENCE_S
         self.dropped = 0
@@ -137,11 +143,13 @@ class Recovery:
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
         last = self._last
-        if self._replay is not None or last is None:
+        if self._replay is not None or last is None or self._is_unsure or not messages:
             return False
         if [message.seq for message in messages] != list(range(last + 1, last + 1 + len(messages))):
             return False
         self._note(messages[-1], now)
+        self._silence = SILENCE_S
+        self._said.clear()
         return True
 
     def live(self, messages: Iterable[Message], now: float) -> list[Action]:
@@ -171,11 +179,14 @@ class Recovery:
         if done.why is not _Why.START and not done.is_used and not done.is_idle:
             self._begin_anew(actions, now)  # who sent the last message would have it still
             return actions
+        last, held = self._last, self._held
+        if held and not done.delivered and not done.is_idle and (last is None or held[0].seq > last + 1):
+            return self.failed(replay, now)  # to ask again at once would be to ask for ever
         self._replay = None
         self._cool_down = COOL_DOWN_S
-        if done.is_idle:
-            self._ask_at = now + MOST_COOL_DOWN_S  # it will not go back further so soon
-        self._release(done, actions, now)
+        if last is None:
+            self._is_whole = True  # it never said anything
+        self._release(actions, now)
         if self._replay is None and self._is_whole:
             actions.append(Whole())
         return actions
@@ -186,18 +197,25 @@ class Recovery:
         done = self._replay
         if done is None or done.number != replay:
             return actions
+        if done.delivered:
+            self._ask(_Why.CHECK, actions, now).is_retry = True  # go on where it stopped
+            return actions
         self._replay = None
         self._ask_at = now + self._cool_down
         self._cool_down = min(2 * self._cool_down, MOST_COOL_DOWN_S)
-        self._is_whole = self._is_whole and done.why is _Why.CHECK and not self._held
-        self._release(done, actions, now)
+        self._is_whole = self._is_whole and done.why is _Why.CHECK and not done.is_retry
+        if not self._is_whole or self._is_unsure:
+            actions.append(Doubt())
+        self._release(actions, now)
         return actions
 
     def connected(self, now: float) -> list[Action]:
         """Hear that the publisher's socket is connected, for the first time or again: it may be another publisher."""
         actions: list[Action] = []
-        if self._replay is None and self._may_ask(now):
-            self._ask(_Why.START if self._last is None else _Why.CHECK, actions, now)
+        self._drop_held()  # of the connection before
+        self._is_unsure = self._last is not None
+        if self._replay is not None or self._may_ask(now):
+            self._ask(self._start_or(_Why.CHECK), actions, now)
         return actions
 
     def tick(self, now: float) -> list[Action]:
@@ -208,11 +226,13 @@ class Recovery:
         actions: list[Action] = []
         if not self._may_ask(now):
             return actions
-        if not self._is_whole:
-            self._ask(_Why.START if self._last is None else _Why.HEAL, actions, now)
-        elif self._last is not None and now - self._heard_at > self._silence:
-            self._heard_at, self._silence = now, min(2 * self._silence, MOST_SILENCE_S)
+        if self._is_unsure:
             self._ask(_Why.CHECK, actions, now)
+        elif not self._is_whole and now >= self._heal_at:
+            self._ask(self._start_or(_Why.HEAL), actions, now)
+        elif self._replays and now - self._heard_at > self._silence:
+            self._heard_at, self._silence = now, min(2 * self._silence, MOST_SILENCE_S)
+            self._ask(self._start_or(_Why.CHECK), actions, now)
         return actions
 
     def spoiled(self) -> None:
@@ -232,42 +252,40 @@ class Recovery:
                 self._restarted(message, actions, now)  # what is held is of the one before
             else:
                 self._hold(message)
-        elif last is None or seq > last + 1:
+        elif last is None or seq > last + 1 or (seq == last + 1 and self._is_unsure):
             if not self._may_ask(now):
                 self._deliver(message, actions, now)
                 return
             if last is not None:
                 actions.append(Doubt())
             self._hold(message)
-            self._ask(_Why.START if last is None else _Why.CHECK, actions, now)
+            self._ask(self._start_or(_Why.CHECK), actions, now)
         elif seq == last + 1:
+            self._said.clear()
             self._deliver(message, actions, now)
-        else:
+        elif self._said.get(seq) != _digest_of(message):
             self._restarted(message, actions, now)
 
     def _restarted(self, message: Message, actions: list[Action], now: float) -> None:
         """Go on with a message of a publisher that began anew."""
-        self._drop_held()
-        if not self._may_ask(now):
-            self._replay, self._last = None, None
-            actions.append(Begin())
+        if self._may_ask(now):
+            self._begin_anew(actions, now)
+            self._hold(message)
+        else:
+            self._forget(actions)
             self._deliver(message, actions, now)
-            return
-        self._begin_anew(actions, now)
-        self._hold(message)
 
     def _replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
         seq, is_first = message.seq, not replay.is_used
         if replay.is_idle:
             return
-        if is_first and replay.why is _Why.HEAL:
-            if seq > self._first:
-                replay.is_idle = True
+        if is_first and replay.why is not _Why.CHECK and seq > self._first:
+            self._heal_at = now + MOST_COOL_DOWN_S  # it will not go back further so soon
+            replay.is_idle = replay.why is _Why.HEAL
+            if replay.is_idle:
                 return
-            actions.append(Begin())
-            self._last, self._is_whole = None, True
-        elif is_first and not replay.has_begun and seq <= self._first:
-            actions.append(Begin())
+        elif is_first and replay.why is _Why.HEAL:
+            self._forget(actions)
         last = self._last
         if is_first and replay.why is _Why.CHECK and last is not None:
             if seq < last:
@@ -275,21 +293,20 @@ class Recovery:
             if seq == last and _digest_of(message) != self._digest:
                 self._begin_anew(actions, now)
                 return
+            self._is_unsure = seq > last
         replay.is_used = True
         if last is not None and seq > last + 1:
-            may_retry = replay.may_retry and not is_first
+            may_retry = not is_first and (replay.delivered > 0 or not replay.is_retry)
             self._fill(replay, seq, actions, now, with_gaps=not may_retry)
-            if self._replay is not replay:
-                return
             if may_retry and self._last is not None and seq > self._last + 1:
-                self._ask(_Why.CHECK, actions, now).may_retry = False  # some of it was lost on its way
+                self._ask(_Why.CHECK, actions, now).is_retry = True  # some of it was lost on its way
                 return
         if self._last is None or seq > self._last:
             self._deliver_replayed(replay, message, actions, now)
 
     def _fill(self, replay: _Replay, before: int, actions: list[Action], now: float, *, with_gaps: bool) -> None:
         """Deliver what is held of that which a replay lacks."""
-        while self._held and self._last is not None and self._replay is replay:
+        while self._held and self._last is not None:
             seq = self._held[0].seq
             if not self._last < seq < before or (seq > self._last + 1 and not with_gaps):
                 return
@@ -299,28 +316,36 @@ class Recovery:
         digest = _digest_of(message)
         while self._held and self._held[0].seq <= message.seq:
             held = self._held[0]
-            if (digest if held.seq == message.seq else replay.delivered.get(held.seq)) != _digest_of(held):
+            if (digest if held.seq == message.seq else self._said.get(held.seq)) != _digest_of(held):
                 self._begin_anew(actions, now)  # it restarted while it was asked
                 return
             self._unhold()
-        replay.delivered[message.seq] = digest
+        replay.delivered += 1
         self._deliver(message, actions, now)
+        self._said[message.seq] = digest
 
-    def _release(self, done: _Replay, actions: list[Action], now: float) -> None:
+    def _release(self, actions: list[Action], now: float) -> None:
         """Go on with what was held back."""
         held = list(self._held)
         self._drop_held()
         for message in held:
-            known = done.delivered.get(message.seq)
-            if known is None or known != _digest_of(message):
-                self._live(message, actions, now)
+            self._live(message, actions, now)
 
     def _begin_anew(self, actions: list[Action], now: float) -> None:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
         self._drop_held()
-        self._last, self._is_whole = None, True
+        self._forget(actions)
+        self._ask(_Why.START, actions, now)
+
+    def _forget(self, actions: list[Action]) -> None:
+        self._last, self._is_whole, self._is_unsure = None, True, False
+        self._heal_at = 0.0
+        self._said.clear()
+        self._has_begun = True
         actions.append(Begin())
-        self._ask(_Why.START, actions, now).has_begun = True
+
+    def _start_or(self, why: _Why) -> _Why:
+        return _Why.START if self._last is None else why
 
     def _ask(self, why: _Why, actions: list[Action], now: float) -> _Replay:
         self._replays += 1
@@ -335,9 +360,13 @@ class Recovery:
     def _deliver(self, message: Message, actions: list[Action], now: float) -> None:
         last = self._last
         if last is None:
-            self._is_whole = self._is_whole and message.seq <= self._first
-        elif message.seq != last + 1:
-            self._is_whole = False
+            self._is_whole = message.seq <= self._first
+            if self._is_whole and not self._has_begun:
+                self._forget(actions)
+        elif message.seq != last + 1 or self._is_unsure:
+            if self._is_unsure:
+                actions.append(Doubt())
+            self._is_whole = self._is_unsure = False
         self._note(message, now)
         if actions and isinstance(actions[-1], Deliver):
             actions[-1].messages.append(message)
