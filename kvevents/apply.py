@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from indexer import Copies, Decoded, Index, IndexerError, InvalidQuestion, LimitReached, Source
 from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
-from kvevents.recovery import Action, Ask, Begin, Deliver, Recovery
+from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
 from kvevents.stream import Stream, Verdict
 from kvevents.wire import decode_batches, name_errors
 
@@ -20,6 +20,7 @@ NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
 ASKED_AGAIN = "behind: messages were asked for again, and are on their way"
+UNSURE = "unsure: messages may be missing, and could not be had again"
 FAILED = "error: events could not be applied"
 
 _NEXT = Verdict.NEXT
@@ -118,9 +119,12 @@ class Applier:
             self._act(publisher, recovery, recovery.tick(now))
 
     def _act(self, publisher: Publisher, recovery: Recovery, actions: Sequence[Action]) -> None:
+        """Do what recovery says. As long as a source is behind it is called that, whatever its messages' numbers
+        say."""
         if recovery.is_behind and publisher not in self._behind:
             self._behind.add(publisher)
-            self._trust(publisher, ASKED_AGAIN)
+            for source in self._sources_of(publisher):
+                self._degrade(source, ASKED_AGAIN)
         for action in actions:
             match action:
                 case Deliver(messages):
@@ -130,9 +134,13 @@ class Applier:
                         self._ask(publisher, replay, start)
                 case Begin():
                     self._begin_anew(publisher)
+                case Doubt() | Whole():
+                    for source in self._sources_of(publisher):
+                        self._judge(publisher, source, UNSURE if isinstance(action, Doubt) else "")
         if publisher in self._behind and not recovery.is_behind:
             self._behind.discard(publisher)
-            self._trust(publisher, "" if recovery.is_whole else None)
+            for source in self._sources_of(publisher):
+                self._degrade(source, self._verdicts.get(source, NO_EVENTS_YET))
 
     def _begin_anew(self, publisher: Publisher) -> None:
         """Forget what a publisher said: its engine began anew, or says all of it again."""
@@ -146,18 +154,19 @@ class Applier:
             with suppress(InvalidQuestion):  # it may have been forgotten meanwhile
                 self._index.restart(flow.source)
 
-    def _trust(self, publisher: Publisher, reason: str | None) -> None:
-        """Call the sources of a publisher degraded, or not; None for what their messages' numbers said last."""
-        sources = [flow.source for flow in self._flows.get(publisher, {}).values()] or [Source(publisher.pod)]
-        for source in sources:
-            with suppress(IndexerError):  # one that said nothing yet may not be registered
-                self._index.degrade(source, self._verdicts.get(source, GAP) if reason is None else reason)
+    def _sources_of(self, publisher: Publisher) -> list[Source]:
+        flows = self._flows.get(publisher, {})
+        return [flow.source for flow in flows.values()] or [Source(publisher.pod)]
+
+    def _degrade(self, source: Source, reason: str) -> None:
+        with suppress(InvalidQuestion):  # it said nothing yet, or was forgotten meanwhile
+            self._index.degrade(source, reason)
 
     def _judge(self, publisher: Publisher, source: Source, reason: str) -> None:
         """Say what the numbers of a source's messages mean for it, now or when it is no longer behind."""
         self._verdicts[source] = reason
         if publisher not in self._behind:
-            self._index.degrade(source, reason)
+            self._degrade(source, reason)
 
     def _apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
         """Apply messages in order.
@@ -177,6 +186,7 @@ class Applier:
         due: list[Decoded] = []
         source: Source | None = None
         seq = 0
+        is_emptied = False
         for message, batch in zip(messages, decoded, strict=True):
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
@@ -191,6 +201,7 @@ class Applier:
                 due = []
             source, seq = flow.source, message.seq
             if verdict is not _NEXT:
+                is_emptied = False
                 self._follow(publisher, flow, verdict, seq)
             if batch.discards:
                 self._note_discards(source, batch, seq)
@@ -198,11 +209,12 @@ class Applier:
             if batch.clears:
                 self._hand_over(source, due, seq)
                 self._judge(publisher, source, "")  # an empty cache is a known one
-                if publisher in self._recoveries:
-                    self._recoveries[publisher].emptied()
+                is_emptied = True
                 due = []
         if source is not None:
             self._hand_over(source, due, seq)
+        if is_emptied and publisher in self._recoveries:
+            self._recoveries[publisher].emptied()
 
     def _apply_plain(
         self, publisher: Publisher, messages: Sequence[Message]

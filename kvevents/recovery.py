@@ -135,11 +135,6 @@ class Recovery:
         replay = self._replay
         return replay is not None and (replay.why is _Why.START or replay.is_used or bool(self._held))
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is missing among the messages that were applied."""
-        return self._is_whole
-
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
         last = self._last

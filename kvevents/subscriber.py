@@ -150,10 +150,8 @@ class Receiver:
                         break
                     command()
                 for opened in self._open:
-                    if opened.socket in ready:
+                    if opened.socket in ready or opened.monitor in ready:
                         self._receive(opened)
-                    if opened.monitor in ready:
-                        self._watch(opened)
                 self._replays.receive()
             except Exception as error:  # noqa: BLE001  (one broken socket must not end the reception of all others)
                 self.counters["receiver_errors_total"] += 1
@@ -172,12 +170,21 @@ class Receiver:
 
     def _receive(self, opened: _Open) -> bool:
         """Deliver what waits at a socket, a burst at most; say whether there may be more."""
+        burst: list[list[zmq.Frame]] = []
+        try:
+            while len(burst) < _BURST:
+                burst.append(opened.socket.recv_multipart(zmq.NOBLOCK, copy=False))
+        except zmq.Again:
+            pass
+        # later than the messages were read, and told earlier: what came on a new connection may be another engine's
+        while opened.monitor.poll(0):
+            self._watch(opened)
+        self._take(opened, burst)
+        return len(burst) == _BURST
+
+    def _take(self, opened: _Open, burst: list[list[zmq.Frame]]) -> None:
         subscription = opened.subscription
-        for _ in range(_BURST):
-            try:
-                frames = opened.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return False
+        for frames in burst:
             opened.heard = True
             self.counters["received_total"] += 1
             if len(frames) != 3 or len(frames[1]) != 8:
@@ -203,7 +210,6 @@ class Receiver:
                     copies=subscription.copies,
                 )
             )
-        return True
 
     def _watch(self, opened: _Open) -> None:
         event = zmq.utils.monitor.recv_monitor_message(opened.monitor, zmq.NOBLOCK)["event"]
