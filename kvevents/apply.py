@@ -120,7 +120,8 @@ class Applier:
 
     def _act(self, publisher: Publisher, recovery: Recovery, actions: Sequence[Action]) -> None:
         """Do what recovery says. As long as a source is behind it is called that, whatever its messages' numbers
-        say."""
+        say.
+        """
         if recovery.is_behind and publisher not in self._behind:
             self._behind.add(publisher)
             for source in self._sources_of(publisher):
