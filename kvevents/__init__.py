@@ -1,6 +1,7 @@
 """KV events from the wire to the index: decoders, subscribers, the worker pool."""
 
 from indexer import AllBlocksCleared, BlockRemoved, BlockStored
+from kvevents.apply import OnGap
 from kvevents.errors import DecodeError, KVEventsError, PoolClosed, SubscriptionError
 from kvevents.message import Message, parse_topic
 from kvevents.pool import EventPool
@@ -15,6 +16,7 @@ __all__ = [
     "EventPool",
     "KVEventsError",
     "Message",
+    "OnGap",
     "PoolClosed",
     "SubscriptionError",
     "decode_batch",

@@ -14,6 +14,7 @@ import yaml
 from msgspec import Meta
 
 from indexer import Copies
+from kvevents import OnGap
 from kvindex.errors import ConfigError
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
@@ -39,6 +40,8 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     model: str = ""
     """The model of pods whose subscription and topic name none."""
     copies: Copies = "count"
+    on_gap: OnGap = "keep"
+    """What to do with the blocks of a pod of whose messages some are missing for good."""
 
 
 class PodConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

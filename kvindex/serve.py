@@ -27,7 +27,13 @@ def run_serve(config: Config) -> int:
         )
     listener = _listen(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
-    pool = EventPool(index, workers=config.pool.workers, model=config.pool.model, copies=config.pool.copies)
+    pool = EventPool(
+        index,
+        workers=config.pool.workers,
+        model=config.pool.model,
+        copies=config.pool.copies,
+        on_gap=config.pool.on_gap,
+    )
     with contextlib.ExitStack() as running:
         if follows:
             running.enter_context(pool)
