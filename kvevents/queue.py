@@ -30,6 +30,15 @@ class _Line:
         self.groups: deque[_Group] = deque()
         self.messages = 0
 
+    def first_to_drop(self) -> tuple[_Group, int]:
+        """Give the oldest message that came live: what was asked for comes no faster than there is room, and notes are
+        not said again."""
+        for group in self.groups:
+            for place, message in enumerate(group.messages):
+                if not message.replay and message.note is None:
+                    return group, place
+        return self.groups[0], 0
+
     def start_group(self) -> _Group:
         group = _Group()
         self.groups.append(group)
@@ -94,9 +103,7 @@ class ShardQueue:
 
     def _drop_oldest(self) -> None:
         publisher, line = max(self._waiting.items(), key=lambda item: item[1].messages)
-        group = line.groups[0]
-        # what is told of a publisher is not said again
-        place = next((place for place, message in enumerate(group.messages) if message.note is None), 0)
+        group, place = line.first_to_drop()
         size = len(group.messages.pop(place).payload)
         del group.tickets[place]
         group.bytes -= size
@@ -105,7 +112,7 @@ class ShardQueue:
         self.bytes -= size
         self.dropped += 1
         if not group.messages:
-            line.groups.popleft()
+            line.groups.remove(group)
         if not line.groups:
             self._leave(publisher)
 

@@ -10,7 +10,7 @@ import zmq
 from indexer import Prompt, Source
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
 from kvevents.apply import FAILED
-from kvevents.message import Publisher
+from kvevents.message import Note, Publisher
 from kvevents.queue import ShardQueue
 from scorer import PrefixScorer
 
@@ -321,3 +321,19 @@ def test_the_library_calls_of_the_readme(index):
         assert (match.blocks, match.tokens, match.reusable_tokens, match.tiers) == (2, 32, 16, {"gpu": 2})
         pool.unsubscribe("pod-a")
         assert scorer.score(list(range(40)), model="Qwen/Qwen3-8B") == {}
+
+
+def test_live_messages_make_room_before_what_was_asked_for_and_notes_never_do():
+    queue, publisher = ShardQueue(4, 1 << 20), Publisher("a", "")
+    come = [
+        message(7, STORED, replay=1),
+        message(0, note=Note.CONNECTED),
+        message(8, STORED, replay=1),
+        *(message(seq, STORED) for seq in (20, 21, 22)),
+    ]
+    for one in come:
+        queue.put(publisher, one, wait=False)
+    publisher, taken = queue.take(0)
+    assert taken == [come[0], come[1], come[2], come[5]]
+    assert queue.dropped == 2
+    assert queue.messages == queue.bytes == 0
