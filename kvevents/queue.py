@@ -32,7 +32,8 @@ class _Line:
 
     def first_to_drop(self) -> tuple[_Group, int]:
         """Give the oldest message that came live: what was asked for comes no faster than there is room, and notes are
-        not said again."""
+        not said again.
+        """
         for group in self.groups:
             for place, message in enumerate(group.messages):
                 if not message.replay and message.note is None:
