@@ -7,6 +7,8 @@ how many times better the first is. Blocks have 16 tokens, stores 32 blocks, cha
 - hash: tokens to the keys of their blocks, kept in a `Prompt` and as a list of numbers.
 - apply: vLLM's payload bytes to the index, from full queues, as a worker of the pool does it: by one thread on one
   core, and by two that have half the pods each on two cores; the same for four times as many (block, pod).
+- hash, two threads against one: how much more hashing two do; without the interpreter lock (native) and with next to no
+  memory that is what two cores of the machine are worth at that moment. "Two against one" cannot be better.
 - match: a prompt to what each pod holds of it; then the same while a worker applies events without a pause.
 - score: tokens to a dict of pod and score; where the core is installed it hashes the prompt for both.
 - memory: growth of the resident set of a fresh process for each (block, pod), each chain on 8 pods and on one.
@@ -23,6 +25,7 @@ from itertools import groupby
 from multiprocessing import get_context
 from typing import NamedTuple
 
+import numpy as np
 import structlog
 from report import CORES, Figures, Row, best_impl, each, machine, note, note_latency, on_cores, resident_bytes, table
 from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payloads_of, prompts
@@ -110,7 +113,7 @@ class Bench:
 
     def round(self, number: int) -> None:
         """Measure everything once, the implementations taking turns at going first."""
-        for measure in (self._hashing, self._applying, self._matching, self._scoring):
+        for measure in (self._hashing, self._cores, self._applying, self._matching, self._scoring):
             for impl in self._impls[:: 1 if number % 2 else -1]:
                 measure(impl)
 
@@ -134,6 +137,29 @@ class Bench:
             with on_cores(1):
                 times = each(work, [asked.tokens for asked in self._asked[CHAIN]])
             note(self._figures, Row(row, "ns/block"), impl, statistics.median(times) / CHAIN * 1e9)
+
+    def _cores(self, impl: str) -> None:
+        tokens = np.concatenate([np.asarray(asked.tokens) for asked in self._asked[CHAIN][:8]])
+        make = made_by(impl).prompt
+
+        def work(threads: int) -> float:
+            def hash_some() -> None:
+                for _ in range(400):
+                    make(tokens, MODEL).prepare(BLOCK)
+
+            running = [threading.Thread(target=hash_some) for _ in range(threads)]
+
+            def run(_: object) -> None:
+                for thread in running:
+                    thread.start()
+                for thread in running:
+                    thread.join()
+
+            with on_cores(threads):
+                (taken,) = each(run, [None])
+            return threads / taken
+
+        note(self._figures, Row("hash, two threads against one", "times", more=True), impl, work(2) / work(1))
 
     def _applying(self, impl: str) -> None:
         for what, sent in (("apply", self._messages), (f"apply, {self._large.pairs:,} pairs", self._many)):
