@@ -191,6 +191,8 @@ class Applier:
         for message, batch in zip(messages, decoded, strict=True):
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
+                if publisher in self._recoveries:
+                    self._recoveries[publisher].spoiled(time.monotonic())
                 continue
             flows = self._flows.get(publisher, {})
             flow = flows.get(batch.rank or 0) or self._begin(publisher, message, batch)
@@ -244,7 +246,7 @@ class Applier:
         """Call the sources of a pod degraded whose messages may not have been applied."""
         for publisher, recovery in self._recoveries.items():
             if publisher.pod == pod:
-                recovery.spoiled()
+                recovery.spoiled(time.monotonic())
         for source in [source for source in self._sources() if source.pod == pod]:
             self._verdicts[source] = FAILED
             with suppress(IndexerError):  # it may have been forgotten meanwhile

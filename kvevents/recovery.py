@@ -115,7 +115,7 @@ class Recovery:
         self._held_bytes = 0
         self._ask_at = 0.0
         self._cool_down = COOL_DOWN_S
-        self._heal_at = 0.0
+        self._heal_at = self._heal_next = 0.0
         self._heard_at = 0.0
         self._silence = SILENCE_S
         self.dropped = 0
@@ -230,9 +230,13 @@ class Recovery:
             self._ask(self._start_or(_Why.CHECK), actions, now)
         return actions
 
-    def spoiled(self) -> None:
-        """Hear that messages that were delivered may not have been applied."""
+    def spoiled(self, now: float) -> None:
+        """Hear that messages that were delivered could not be applied, or not all of them.
+
+        They may be the same when they come again: it is tried at once, and then as rarely as anything.
+        """
         self._is_whole = False
+        self._heal_at, self._heal_next = self._heal_next, now + MOST_COOL_DOWN_S
 
     def emptied(self) -> None:
         """Hear that the cache was emptied by the last message: what is missing from before is of no interest."""

@@ -224,7 +224,7 @@ class World:
         if self.consumer.applied:
             self.consumer.applied.pop()
             self.consumer.is_exact = False
-            self.recovery.spoiled()
+            self.recovery.spoiled(self.now)
 
     def tick(self, seconds=1.0):
         self.now += seconds
@@ -621,6 +621,26 @@ def test_what_was_spoiled_is_asked_for_from_the_first_message_on():
     world.settle()
     world.check_exact()
     assert told(world.asked)[0] == "ask 0"
+
+
+def test_what_is_spoiled_each_time_it_comes_is_not_asked_for_all_the_time():
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.replayed(1, run(0, 1, 2), 0)
+    recovery.ended(1, 0)
+    asks = 0
+    for now in range(120):
+        recovery.live(run(3 + now), now)  # no silence
+        if not now:
+            recovery.spoiled(now)
+        for action in recovery.tick(now):
+            if isinstance(action, Ask):
+                asks += 1
+                assert action.start == 0
+                recovery.replayed(action.replay, run(*range(4 + now)), now)
+                recovery.spoiled(now)
+                recovery.ended(action.replay, now)
+    assert asks == 3
 
 
 def test_what_was_spoiled_before_a_clear_is_of_no_interest():

@@ -9,7 +9,7 @@ from indexer import Prompt, Source
 from kvevents import EventPool, replays
 from kvevents import recovery as recoveries
 from kvevents.faults import Proxy
-from kvevents.testing import Publisher, removed, stored
+from kvevents.testing import Publisher, cleared, removed, stored
 
 from .conftest import MODEL
 
@@ -34,6 +34,10 @@ class Engine:
     def remove(self, name, *, lost=False):
         del self.held[name]
         self.publisher.publish([removed("vllm-map", [name])], lost=lost)
+
+    def clear(self):
+        self.held.clear()
+        self.publisher.publish([cleared("vllm-map")])
 
     def restart(self):
         self.held.clear()
@@ -216,4 +220,21 @@ def test_a_pod_that_is_given_up_while_it_is_replayed(index, engine):
             pool.unsubscribe(POD)
         assert status(index) is None
         engine.follow(pool)
+        until(lambda: is_exact(index, engine))
+
+
+def test_a_message_that_cannot_be_read_is_missed_until_the_cache_is_cleared(index, engine, monkeypatch):
+    monkeypatch.setattr(recoveries, "SILENCE_S", 0.1)
+    with EventPool(index) as pool:
+        engine.follow(pool)
+        engine.store()
+        until(lambda: is_exact(index, engine))
+        engine.publisher.send(b"\xc1")
+        engine.store()
+        until(lambda: status(index).blocks == 2 and status(index).degraded.startswith("gap"))
+        asked = pool.stats()["replays_total"]
+        until(lambda: pool.stats()["replays_total"] > asked + 1)
+        pool.drain()
+        assert status(index).degraded
+        engine.clear()
         until(lambda: is_exact(index, engine))
