@@ -8,7 +8,7 @@ source is written anew from its ledger. So a fault costs time, never truth.
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
@@ -22,23 +22,19 @@ from indexer.groups import GroupSpec
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
-from indexer.redis_layout import MAX_SLOTS, Names, bit_of, field_of
-from indexer.redis_log import Replayed, log_blocks, log_copies
+from indexer.redis_layout import MAX_SLOTS, Names, field_of
+from indexer.redis_log import Replayed
 from indexer.redis_opening import layout_of, open_store
 from indexer.redis_reader import Questions, ask
 from indexer.redis_records import SlotRecord, SourceRecord, decode_records, encode_record
 from indexer.redis_scripts import (
-    APPEND,
-    AT_ONCE,
     CLAIM,
-    HOLD,
     LEAVE,
     PUBLISH,
-    RELEASE,
-    REPLACE,
     SWAP,
     TAKE_SLOT,
 )
+from indexer.redis_slots import Mirror, copies_of, holds, releases, whole_ledger
 from indexer.redis_store import Command
 from indexer.redis_sweep import Sweeper
 from indexer.redis_url import parse_url
@@ -47,9 +43,6 @@ from indexer.tracking import Tracked, TrackingIndex
 
 FULL = "full: Redis has no memory for what this source holds"
 UNREADABLE = "lost: what was known of this source could not be read from Redis"
-
-_ENTRY = 4096
-"""Blocks in one entry of a log that is written anew."""
 
 _LOG_SLACK = 1024
 """A log is written anew when it has twice the entries that its slot has blocks, and so many more."""
@@ -65,27 +58,12 @@ _BACKOFF_S = 0.05, 2.0
 _Outlook: TypeAlias = tuple[str, bool, list[bool]]
 
 
-class _Mirror:
-    """What is in Redis of a slot."""
-
-    __slots__ = ("keys", "logged", "number", "published")
-
-    def __init__(self, number: int, *, published: bool = False) -> None:
-        self.number = number
-        self.published = published
-        """Whether the source's record has the number: from then on nobody takes it for lost."""
-        self.keys: dict[BlockKey, int] = {}
-        """How many names stand for each key."""
-        self.logged = 0
-        """Blocks mentioned in the log."""
-
-
 class _Merged(NamedTuple):
     """Changes of one slot that follow each other: the more at once, the cheaper each."""
 
     tracked: Tracked
     slot: Slot
-    mirror: _Mirror
+    mirror: Mirror
     hashes: list[EngineHash]
     keys: list[BlockKey]
     held: bool
@@ -113,7 +91,7 @@ class RedisIndex(TrackingIndex):
         self._buffer_bytes = buffer_bytes
         self._writer = Writer(self._store)
         self._sweeper = Sweeper(self._store, self._layout, self._writer)
-        self._mirrors: dict[Slot, _Mirror] = {}
+        self._mirrors: dict[Slot, Mirror] = {}
         self._merged: _Merged | None = None
         self._unpublished: dict[Source, Tracked] = {}
         """Sources whose record has to be written; with a new version where `_changed` has them too."""
@@ -132,7 +110,7 @@ class RedisIndex(TrackingIndex):
         """Stale sources of which nothing is in Redis, because it is full."""
         self._gone: dict[Source, Tracked] = {}
         """Sources that were forgotten and are still in Redis."""
-        self._fresh: list[_Mirror] = []
+        self._fresh: list[Mirror] = []
         """Mirrors whose numbers are in no record yet."""
         self._used: dict[Names, set[int]] = {}
         """Slot numbers that were ever ours."""
@@ -240,50 +218,12 @@ class RedisIndex(TrackingIndex):
             return
         tracked, _, mirror, hashes, keys, held = merged
         mirror.logged += len(hashes)
-        for write in (self._holds if held else self._releases)(tracked, mirror, hashes, keys):
+        for write in (holds if held else releases)(self._layout.of(tracked.model), tracked, mirror, hashes, keys):
             self._writer.add(write)
-
-    def _holds(
-        self, tracked: Tracked, mirror: _Mirror, hashes: Sequence[EngineHash], keys: Sequence[BlockKey]
-    ) -> Iterator[Write]:
-        """Make the writes of blocks that a slot holds from now on."""
-        number = mirror.number
-        for part, places in self._layout.of(tracked.model).divide(keys):
-            for at in range(0, len(places), AT_ONCE):
-                some = places[at : at + AT_ONCE]
-                mine = [keys[place] for place in some]
-                entry = log_blocks([hashes[place] for place in some], mine, held=True)
-                first = part.blocks([key for key in mine if _counted(mirror.keys, key, held=True)])
-                values = bit_of(number), entry
-                yield Write(tracked, part, HOLD, part.guard(number), [part.log(number), *first], values)
-
-    def _releases(
-        self, tracked: Tracked, mirror: _Mirror, hashes: Sequence[EngineHash], keys: Sequence[BlockKey]
-    ) -> Iterator[Write]:
-        """Make the writes of blocks that a slot holds no longer."""
-        number = mirror.number
-        for part, places in self._layout.of(tracked.model).divide(keys):
-            mine = [keys[place] for place in places]
-            last = [key for key in mine if _counted(mirror.keys, key, held=False)]
-            guard, log = part.guard(number), part.log(number)
-            for at in range(0, len(last), AT_ONCE):
-                blocks = part.blocks(last[at : at + AT_ONCE])
-                yield Write(tracked, part, RELEASE, guard, blocks, (bit_of(number),), frees=True)
-            # a log may say too much, never too little: from it the bits are taken back
-            entry = log_blocks([hashes[place] for place in places], mine, held=False)
-            yield Write(tracked, part, APPEND, guard, [log], (entry,), frees=True)
 
     def _write_copies(self, tracked: Tracked, slot: Slot, hashes: Iterable[EngineHash]) -> None:
-        for write in self._copies(tracked, slot, self._mirrors[slot], hashes):
+        for write in copies_of(self._layout.of(tracked.model), tracked, slot, self._mirrors[slot], hashes):
             self._writer.add(write)
-
-    def _copies(self, tracked: Tracked, slot: Slot, mirror: _Mirror, hashes: Iterable[EngineHash]) -> Iterator[Write]:
-        """Make the writes of how many copies a slot has of some blocks."""
-        for name in hashes:
-            if name in slot.held:  # else it goes with a change that follows
-                part = self._layout.of(tracked.model).part_of(slot.held[name])
-                entry = log_copies(name, slot.copies.get(name, 1))
-                yield Write(tracked, part, APPEND, part.guard(mirror.number), [part.log(mirror.number)], (entry,))
 
     def _is_unwritten(self, tracked: Tracked) -> bool:
         return tracked.source in self._stale or tracked.source in self._lost
@@ -300,7 +240,7 @@ class RedisIndex(TrackingIndex):
         except IndexUnavailable as error:
             self._failed(error)
             self._stale[tracked.source] = tracked
-        mirror = self._mirrors[slot] = _Mirror(number)
+        mirror = self._mirrors[slot] = Mirror(number)
         self._fresh.append(mirror)
         self._layout_changed(tracked)
         slot.bit = 1 << max(number, 0)
@@ -342,7 +282,7 @@ class RedisIndex(TrackingIndex):
         for slot in () if self._is_unwritten(tracked) else tracked.ledger.slots.values():
             mirror = self._mirrors[slot]
             if mirror.logged > 2 * len(slot.held) + _LOG_SLACK:
-                for write in self._logs(tracked, slot, mirror.number):
+                for write in whole_ledger(self._layout.of(tracked.model), tracked, slot, mirror.number):
                     self._writer.add(write)
                 mirror.logged = len(slot.held)
         self._flush()
@@ -671,32 +611,13 @@ class RedisIndex(TrackingIndex):
         number = self._new_number(tracked)
         if number < 0:
             raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
-        mirror = self._mirrors[slot] = _Mirror(number, published=True)
+        mirror = self._mirrors[slot] = Mirror(number, published=True)
         self._note_begun(tracked, [number])
         slot.bit = 1 << number
         mirror.logged = len(slot.held)
-        self._write_now([*self._holds(tracked, mirror, list(slot.held), list(slot.held.values()))])
-        self._write_now([*self._copies(tracked, slot, mirror, slot.copies)])
-
-    def _logs(self, tracked: Tracked, slot: Slot, number: int) -> list[Write]:
-        """Make the writes of a slot's whole ledger."""
-        hashes, keys = list(slot.held), list(slot.held.values())
         names = self._layout.of(tracked.model)
-        divided = dict(names.divide(keys))
-        writes = []
-        for part in names.parts:
-            mine = divided.get(part, [])
-            entries = []
-            for at in range(0, len(mine), _ENTRY):
-                some = mine[at : at + _ENTRY]
-                entries.append(log_blocks([hashes[n] for n in some], [keys[n] for n in some], held=True))
-            entries += [
-                log_copies(name, copies)
-                for name, copies in slot.copies.items()
-                if names.part_of(slot.held[name]) is part
-            ]
-            writes.append(Write(tracked, part, REPLACE, part.guard(number), [part.log(number)], (b"".join(entries),)))
-        return writes
+        self._write_now([*holds(names, tracked, mirror, list(slot.held), list(slot.held.values()))])
+        self._write_now([*copies_of(names, tracked, slot, mirror, slot.copies)])
 
     def _write_now(self, writes: Sequence[Write]) -> None:
         """Write something at once, all of it. Raises `IndexUnavailable`."""
@@ -756,7 +677,7 @@ class RedisIndex(TrackingIndex):
                 now = time.monotonic()
                 slot.seen.update(dict.fromkeys(slot.held, now))
                 slot.seen = slot.seen if known.ages else None
-            mirror = self._mirrors[slot] = _Mirror(known.number, published=True)
+            mirror = self._mirrors[slot] = Mirror(known.number, published=True)
             for key in slot.held.values():
                 mirror.keys[key] = mirror.keys.get(key, 0) + 1
             mirror.logged = len(replayed.mentioned)
@@ -793,13 +714,3 @@ def _step() -> int:
 def _outlook(tracked: Tracked, *, bare: bool) -> _Outlook:
     """Give what may change in a record while its layout stays."""
     return tracked.degraded(), bare, [slot.seen is not None for slot in tracked.ledger.slots.values()]
-
-
-def _counted(counts: dict[BlockKey, int], key: BlockKey, *, held: bool) -> bool:
-    """Count the names of a key; say whether it is the first that came, or the last that went."""
-    names = counts.get(key, 0) + (1 if held else -1)
-    if names > 0:
-        counts[key] = names
-    else:
-        counts.pop(key, None)
-    return names == (1 if held else 0)

@@ -214,13 +214,13 @@ class Fleet:
                 return False
         return same_sources(self.reader, self.memory)
 
-    def settle(self, before_content=lambda: None):
-        """Wait until nothing waits; then all has to be as in memory."""
+    def settle(self):
+        """Wait until nothing waits; then all has to be as in memory, and nothing else may be left."""
         until(lambda: nothing_waits(*self.builders), *self.builders)
         assert self.agree()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(redis_sweep, "_ORPHAN_S", 0.0)  # what was given up half-way leaves numbers, and else nothing
-            until(lambda: before_content() or same_content(self.reader, self.memory), *self.builders)
+            until(lambda: same_content(self.reader, self.memory), *self.builders)
         assert self.agree()
 
 
