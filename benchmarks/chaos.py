@@ -7,6 +7,7 @@ done to them is drawn by lot from the seed: which batch of which pod, not at whi
 - dropped: 1 % of the batches never leave, one to three in a row.
 - restarted, killed: the engine begins anew at the same endpoints, with an empty cache and numbers from 0, at once or
   after a while.
+- overtaken: it begins anew, and what is heard of it first has about the number that was due from the one before.
 - stalled, cut: the connections of a pod (events, replay or both) stand still for a while, or are reset.
 
 Between the phases are quiet points. Faults end, each pod says one last batch (some of them drop it: only silence can
@@ -18,7 +19,7 @@ The table has what was injected, what the index and the pool say of it (looked a
 not seen), how long pods were called degraded before they were exact again, and the blocks of which the index was wrong.
 One case is told apart, as nobody could know it: a pod without replay begins anew, and the first batch heard of it has
 just the number that was due from the one before. A pod is counted there only if its answers are what exactly that
-gives.
+gives, with the number that the index was at.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import zmq
 from report import aligned, machine, number
 from workload import MODEL
 
-from indexer import Index, Prompt, SourceStatus, open_index
+from indexer import Index, Prompt, Source, SourceStatus, open_index
 from kvevents import EventPool, recovery, replays
 from kvevents.faults import Proxy
 from kvevents.testing import DIALECTS, Framing, Publisher, RawEvent, cleared, removed, stored
@@ -53,7 +54,7 @@ replays.ANSWER_S = 0.4
 BLOCK, ROOTS, TRUNK, BRANCHES, TWIG = 4, 10, 3, 4, 3
 WHOLE, SHORT, NONE = "replay whole", "replay short", "no replay"
 KINDS = (WHOLE, WHOLE, SHORT, NONE)
-EVERY = {"restarted": 1000, "killed": 1000, "stalled": 400, "cut": 400}
+EVERY = {"restarted": 1000, "overtaken": 1000, "killed": 1000, "stalled": 400, "cut": 400}
 """One of how many batches has which fault."""
 DROPPED, RUN = 0.01, 3
 LAST_LOST = 0.3
@@ -129,6 +130,8 @@ class Engine:
         self._base = 0
         self.lives: list[list[Batch]] = [[]]
         """All batches by life, the last life being this one."""
+        self.applied: list[int] = []
+        """The number that the index was at when a life ended."""
         self.held: Counter[Block] = Counter()
         self.publisher: Publisher | None = None
         self._endpoint = "tcp://127.0.0.1:0"
@@ -155,9 +158,10 @@ class Engine:
             self.publisher.close()
             self.publisher = None
 
-    def start(self) -> None:
-        """Begin anew, killed before or not."""
+    def start(self, applied: int) -> None:
+        """Begin anew, killed before or not, when the index is at a number."""
         self.held.clear()
+        self.applied.append(applied)
         self.lives.append([])
         self._base = self._rng.getrandbits(60) if self._named_anew else 0
         if self.publisher is None:
@@ -281,7 +285,12 @@ class Chaos:
         ways = self._rng.sample(engine.ways, self._rng.randint(1, len(engine.ways))) if of_network else []
         match kind:
             case "restarted":
-                engine.start()
+                engine.start(self._applied(engine))
+            case "overtaken":
+                batches = len(engine.lives[-1]) + self._rng.randint(-1, 1)
+                engine.start(self._applied(engine))
+                while len(engine.lives[-1]) < batches:
+                    engine.step(lost=True)
             case "killed":
                 engine.kill()
             case "cut":
@@ -295,10 +304,13 @@ class Chaos:
 
     def _end(self, engine: Engine, kind: str) -> None:
         if kind == "killed":
-            engine.start()
+            engine.start(self._applied(engine))
         else:
             for way in engine.ways:
                 way.resume()
+
+    def _applied(self, engine: Engine) -> int:
+        return self._pool.sequences().get(Source(engine.pod), -1)
 
     def _look(self) -> dict[str, SourceStatus]:
         """Note what the index says of its sources now."""
@@ -414,10 +426,12 @@ def _is_unknowable(engine: Engine, said: set[Block], world: World) -> bool:
     """Say whether the answers are of one life up to some batch, and of a later one from the next number on."""
     if engine.kind != NONE:
         return False
-    for place, life in enumerate(engine.lives):
+    for place, (life, applied) in enumerate(zip(engine.lives, engine.applied, strict=False)):
         held: Counter[Block] = Counter()
         for last, batch in enumerate(life):
             batch.change(held)
+            if last < applied:
+                continue
             for later in engine.lives[place + 1 :]:
                 mixed = Counter(held)
                 for one in later[last + 1 :]:
