@@ -61,15 +61,15 @@ def parse_url(text: str) -> RedisUrl:
     user, at, place = parts.netloc.rpartition("@")
     if not place.strip(",") and parts.scheme != "unix":
         raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:{_PORT}")
-    shown = urlunsplit((parts.scheme, place, parts.path, "", ""))
+    shown = f"{parts.scheme}://{place}{parts.path}"
     query = urlencode(options)
     if not parts.scheme.endswith(CLUSTER):
         if not parts.hostname and parts.scheme != "unix":
             raise InvalidQuestion(f"index URL without a host: expected one, as in {parts.scheme}://localhost:{_PORT}")
         scheme = _SCHEMES.get(parts.scheme, parts.scheme)
-        return RedisUrl(
-            shown, (urlunsplit((scheme, parts.netloc, parts.path, query, "")),), prefix, timeout_s, is_cluster=False
-        )
+        # written out: the library that takes URLs apart puts no // before the path of a socket
+        url = f"{scheme}://{parts.netloc}{parts.path}" + (f"?{query}" if query else "")
+        return RedisUrl(shown, (url,), prefix, timeout_s, is_cluster=False)
     if parts.path.strip("/") not in ("", "0") or options.get("db", "0") != "0":
         raise InvalidQuestion(f"index URL {shown}: a cluster has no databases but 0")
     scheme = _SCHEMES[parts.scheme.removesuffix(CLUSTER)]

@@ -1029,6 +1029,10 @@ def test_urls_with_a_password(tmp_path, scheme):
         assert place in repr(index)
         assert not [secret for secret in ("pass:", "pass%", "word,", "word@") if secret in repr(index)]
         assert list(server.client.info("keyspace")) == ["db3"]
+        if scheme == "unix":  # nobody has to say who he is
+            server.client.config_set("requirepass", "")
+            assert tokens_of(open_index(f"unix://{path}{last}"), range(4)) == {POD.pod: 4}
+            server.client.config_set("requirepass", "pass:word")
         wrong = open_index(f"{scheme}://:secret@{place}{last}")
         with pytest.raises(IndexUnavailable) as refused:
             wrong.match(Prompt(range(4), MODEL))
