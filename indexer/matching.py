@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from indexer.base import Holding, Run, Source
+from indexer.base import UNREACHABLE, Holding, Run, Source
 from indexer.groups import GroupBlocks, GroupSpec, longest_prefix
 from indexer.keys import BlockKey
 from indexer.ledger import Slot
@@ -181,13 +181,18 @@ def answer(
     if bare and prompt.images:
         extra = yield from _lookup(plan, prompt, chunks, read, bare=True)
         found = [max(pair, key=lambda held: held[0]) for pair in zip(found, extra, strict=True)]
-    return [
-        Holding(reader.source, tokens, reusable, runs, reader.degraded())
-        for reader, (tokens, reusable, runs) in zip(plan.readers, found, strict=True)
-    ]
+    return [_holding(reader, held) for reader, held in zip(plan.readers, found, strict=True)]
 
 
 _Found = tuple[int, int, tuple[Run, ...]]
+
+
+def _holding(reader: Reader, found: "_Found") -> Holding:
+    degraded = reader.degraded()
+    tokens, reusable, runs = (0, 0, ()) if degraded.startswith(UNREACHABLE) else found
+    return Holding(reader.source, tokens, reusable, runs, degraded)
+
+
 _NOTHING: _Found = (0, 0, ())
 
 

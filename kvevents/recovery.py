@@ -51,6 +51,9 @@ class Ask(NamedTuple):
 class Begin(NamedTuple):
     """What follows is all that the cache ever held: forget what is known of it first."""
 
+    is_restart: bool
+    """Because the engine began anew, not because it says all of it again."""
+
 
 class Doubt(NamedTuple):
     """Messages are missing, and asked for: until further notice what is known may be wrong."""
@@ -271,7 +274,7 @@ class Recovery:
             self._begin_anew(actions, now)
             self._hold(message)
         else:
-            self._forget(actions)
+            self._forget(actions, is_restart=True)
             self._deliver(message, actions, now)
 
     def _replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
@@ -284,7 +287,7 @@ class Recovery:
             if replay.is_idle:
                 return
         elif is_first and replay.why is _Why.HEAL:
-            self._forget(actions)
+            self._forget(actions, is_restart=False)
         last = self._last
         if is_first and replay.why is _Why.CHECK and last is not None:
             if seq < last:
@@ -333,15 +336,15 @@ class Recovery:
     def _begin_anew(self, actions: list[Action], now: float) -> None:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
         self._drop_held()
-        self._forget(actions)
+        self._forget(actions, is_restart=True)
         self._ask(_Why.START, actions, now)
 
-    def _forget(self, actions: list[Action]) -> None:
+    def _forget(self, actions: list[Action], *, is_restart: bool) -> None:
         self._last, self._is_whole, self._is_unsure = None, True, False
         self._heal_at = 0.0
         self._said.clear()
         self._has_begun = True
-        actions.append(Begin())
+        actions.append(Begin(is_restart))
 
     def _start_or(self, why: _Why) -> _Why:
         return _Why.START if self._last is None else why
@@ -361,7 +364,7 @@ class Recovery:
         if last is None:
             self._is_whole = message.seq <= self._first
             if self._is_whole and not self._has_begun:
-                self._forget(actions)
+                self._forget(actions, is_restart=False)
         elif message.seq != last + 1 or self._is_unsure:
             if self._is_unsure:
                 actions.append(Doubt())

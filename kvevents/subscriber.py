@@ -6,10 +6,11 @@ subscriptions after a reconnect (it does so only when the application touches th
 
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import zmq
@@ -53,6 +54,8 @@ class _Open:
     monitor: "zmq.Socket[bytes]"
     connected: int = 0
     heard: bool = False
+    away_since: float = field(default_factory=time.monotonic)
+    """Since when nobody is connected; of no meaning where somebody is."""
 
 
 class Receiver:
@@ -109,6 +112,19 @@ class Receiver:
             if pod is not None:
                 states[pod] = states.get(pod, True) and (opened.connected > 0 or opened.heard)
         return states
+
+    def away(self) -> dict[Publisher, float]:
+        """Give the publishers of pods subscribed by name that are not connected, and for how many seconds."""
+        now = time.monotonic()
+        return {
+            Publisher(opened.subscription.pod, opened.subscription.endpoint): now - opened.away_since
+            for opened in list(self._open)
+            if opened.subscription.pod is not None and not opened.connected and not opened.heard
+        }
+
+    def bound(self) -> set[str]:
+        """Give the endpoints that pods connect to."""
+        return {opened.subscription.endpoint for opened in list(self._open) if opened.subscription.bind}
 
     def close(self) -> None:
         """End the thread and close all sockets."""
@@ -215,11 +231,12 @@ class Receiver:
         event = zmq.utils.monitor.recv_monitor_message(opened.monitor, zmq.NOBLOCK)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             opened.connected += 1
-            if opened.subscription.replay is not None:
+            if opened.subscription.pod is not None:
                 self._deliver(_message(opened.subscription, note=Note.CONNECTED))
         elif event == zmq.EVENT_DISCONNECTED:
             opened.connected = max(0, opened.connected - 1)
             opened.heard = False
+            opened.away_since = time.monotonic()
 
     def _add(self, subscription: Subscription) -> str:
         socket = self._context.socket(zmq.SUB)

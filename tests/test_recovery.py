@@ -1074,3 +1074,21 @@ def test_without_replays_what_is_called_exact_lacks_no_message_and_is_of_one_lif
     if world.consumer.is_exact and known:
         lives = [life for life in world.engine.lives if known[-1] in life]
         assert since_clear(known) == since_clear(lives[0][: known[-1].seq + 1])
+
+
+def test_it_is_behind_only_while_something_is_known_to_be_on_its_way():
+    recovery = Recovery()
+    assert not recovery.is_behind
+    recovery.connected(0)
+    assert recovery.is_behind  # nothing is known yet
+    recovery.replayed(1, run(0, 1), 0)
+    recovery.ended(1, 0)
+    assert not recovery.is_behind
+    recovery.connected(0)
+    assert not recovery.is_behind  # only asked whether there is more
+    recovery.replayed(2, run(1), 0)
+    assert recovery.is_behind
+    recovery.ended(2, 0)
+    recovery.connected(0)
+    recovery.live(run(2), 0)
+    assert recovery.is_behind

@@ -1,0 +1,207 @@
+"""An hour of events at twice the rate that one core can take: does memory stay within its bound, is every drop counted,
+and how soon is the index exact again?
+
+    python benchmarks/flood.py [--pods 16] [--seconds-of-events 3600] [--batches-a-second 6] [--queue-mib 32]
+
+One process publishes (a publisher a pod, each keeping all its batches), this one follows with one worker, both pinned
+to a core of their own. First the rate of one core is measured with a part of the events, then all of them are published
+at twice that rate. Ends with a table; exit status 1 where a drop was not counted or the index did not become exact.
+"""
+
+import argparse
+import multiprocessing as mp
+import os
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import msgspec
+
+from indexer import Prompt, Source, open_index
+from kvevents import EventPool
+from kvevents.testing import Publisher
+
+MODEL = "flood/model"
+BLOCK = 16
+BLOCKS = 8
+"""Blocks of a batch."""
+LIVE = 64
+"""Batches that a pod's cache holds; what is older is removed, a batch at a time."""
+ROUND = 32
+"""Batches published to a pod before the next one's turn."""
+WAIT_S = 120.0
+
+
+def tokens_of(pod: int, batch: int) -> list[int]:
+    first = (pod * 7_919 + batch * BLOCKS * BLOCK) % 1_000_000_007
+    return list(range(first, first + BLOCKS * BLOCK))
+
+
+def hashes_of(pod: int, batch: int) -> list[int]:
+    first = (pod << 48) + batch * BLOCKS
+    return list(range(first, first + BLOCKS))
+
+
+def payload_of(pod: int, batch: int) -> bytes:
+    events: list[object] = []
+    if batch >= LIVE:
+        events.append({"type": "BlockRemoved", "block_hashes": hashes_of(pod, batch - LIVE), "medium": "GPU"})
+    stored = {"block_hashes": hashes_of(pod, batch), "parent_block_hash": None, "token_ids": tokens_of(pod, batch)}
+    events.append({"type": "BlockStored", **stored, "block_size": BLOCK, "lora_id": None, "medium": "GPU"})
+    return msgspec.msgpack.encode([0.0, events, 0])
+
+
+class Ready(NamedTuple):
+    endpoints: list[tuple[str, str | None]]
+
+
+def publish(pipe: Connection, pods: int, batches: int, core: int | None) -> None:
+    """Publish as told: how many batches a pod, at how many a second in all (0: as fast as can be); tell how long."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    publishers = [
+        Publisher("tcp://127.0.0.1:0", replay="tcp://127.0.0.1:0", buffer_steps=batches, hwm=1_000_000)
+        for _ in range(pods)
+    ]
+    payloads = [[payload_of(pod, batch) for batch in range(batches)] for pod in range(pods)]
+    pipe.send(Ready([(publisher.endpoint, publisher.replay) for publisher in publishers]))
+    done = 0
+    while (order := pipe.recv()) is not None:
+        count, rate = order
+        start = time.monotonic()
+        for first in range(done, done + count, ROUND):
+            for publisher, mine in zip(publishers, payloads, strict=True):
+                for payload in mine[first : min(first + ROUND, done + count)]:
+                    publisher.send(payload)
+            if rate:
+                late = start + (first + ROUND - done) * pods / rate - time.monotonic()
+                if late > 0:
+                    time.sleep(late)
+        done += count
+        pipe.send(time.monotonic() - start)
+    for publisher in publishers:
+        publisher.close()
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Watch(threading.Thread):
+    """Notes the memory of this process twenty times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: list[float] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            self.seen.append(resident_mib())
+
+
+def wait_exact(index, pods: int) -> float | None:
+    """Give the seconds until every pod is called exact, None where that does not happen."""
+    start = time.monotonic()
+    while time.monotonic() - start < WAIT_S:
+        statuses = index.sources()
+        if len(statuses) == pods and all(not s.degraded and s.blocks == LIVE * BLOCKS for s in statuses):
+            return time.monotonic() - start
+        time.sleep(0.02)
+    return None
+
+
+def wrong_answers(index, pods: int, last: int) -> int:
+    """Ask for the newest batches of each pod, which it holds, and for older ones, which it does not."""
+    wrong = 0
+    for pod in range(pods):
+        for batch in [*range(last - LIVE - 3, last)]:
+            held = {h.source: h.tokens for h in index.match(Prompt(tokens_of(pod, batch), MODEL))}
+            wrong += held[Source(f"pod-{pod}")] != (BLOCKS * BLOCK if batch >= last - LIVE else 0)
+    return wrong
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--pods", type=int, default=16)
+    options.add_argument("--seconds-of-events", type=int, default=3_600)
+    options.add_argument("--batches-a-second", type=float, default=6.0, help="of one pod, before it is accelerated")
+    options.add_argument("--queue-mib", type=int, default=32)
+    options.add_argument("--url", default="memory://")
+    asked = options.parse_args()
+    batches = int(asked.seconds_of_events * asked.batches_a_second)
+    cores = sorted(os.sched_getaffinity(0))
+    pinned = len(cores) > 1
+    ours, theirs = mp.get_context("spawn").Pipe()
+    process = mp.get_context("spawn").Process(
+        target=publish, args=(theirs, asked.pods, batches, cores[1] if pinned else None), daemon=True
+    )
+    process.start()
+    print(
+        f"making {batches * asked.pods:,} batches ({asked.seconds_of_events} s of {asked.pods} pods)", file=sys.stderr
+    )
+    ready = ours.recv()
+    if pinned:
+        os.sched_setaffinity(0, {cores[0]})
+    index = open_index(asked.url)
+    pool = EventPool(index, workers=1, queue_bytes=asked.queue_mib * 2**20, model=MODEL)
+    with pool:
+        for pod, (endpoint, replay) in enumerate(ready.endpoints):
+            pool.subscribe(f"pod-{pod}", endpoint, replay=replay, model=MODEL)
+        while len([up for up in pool.connected().values() if up]) < asked.pods:
+            time.sleep(0.01)
+        time.sleep(1.0)  # until the first replays have said that there is nothing yet
+        first = batches // 10
+        print("measuring what one core can take", file=sys.stderr)
+        start = time.monotonic()
+        ours.send((first, 0))
+        ours.recv()
+        assert wait_exact(index, asked.pods) is not None
+        rate = first * asked.pods / (time.monotonic() - start)
+        before = pool.stats()
+        memory_before = resident_mib()
+        watch = Watch()
+        watch.start()
+        print(f"one core takes {rate:,.0f} batches/s; publishing at twice that", file=sys.stderr)
+        ours.send((batches - first, 2 * rate))
+        lasted = ours.recv()
+        print("the flood is over; waiting until all pods are exact", file=sys.stderr)
+        exact_after = wait_exact(index, asked.pods)
+        watch.over.set()
+        watch.join()
+        stats = pool.stats()
+        wrong = wrong_answers(index, asked.pods, batches)
+        ours.send(None)
+    dropped = stats["dropped_queue_full_total"] + stats["dropped_held_total"]
+    flood = (batches - first) * asked.pods
+    half = watch.seen[len(watch.seen) // 2 :]
+    rows = [
+        ("batches, blocks", f"{batches * asked.pods:,}, {batches * asked.pods * BLOCKS:,}"),
+        ("one core takes", f"{rate:,.0f} batches/s"),
+        ("published in the flood", f"{flood:,} in {lasted:.1f} s, {flood / lasted / rate:.2f} times that"),
+        (
+            "dropped and counted: queue, held back",
+            f"{stats['dropped_queue_full_total']:,}, {stats['dropped_held_total']:,}",
+        ),
+        ("replays asked for, failed", f"{stats['replays_total']:,}, {stats['replays_failed_total']:,}"),
+        ("gaps that stayed", f"{stats['gaps_total'] - before['gaps_total']:,}"),
+        ("all pods exact after the flood", "never" if exact_after is None else f"{exact_after:.1f} s"),
+        ("wrong answers", f"{wrong} of {asked.pods * (LIVE + 3)}"),
+        (
+            "memory before, most, most in the 2nd half",
+            f"{memory_before:.0f}, {max(watch.seen):.0f}, {max(half):.0f} MiB",
+        ),
+        ("queue's bound", f"{asked.queue_mib} MiB"),
+    ]
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+    index.close()
+    lost_silently = stats["gaps_total"] > before["gaps_total"] and not dropped
+    return 1 if exact_after is None or wrong or lost_silently else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
