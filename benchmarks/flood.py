@@ -3,8 +3,8 @@ and how soon is the index exact again?
 
     python benchmarks/flood.py [--pods 16] [--seconds-of-events 3600] [--batches-a-second 6] [--queue-mib 32]
 
-One process publishes (a publisher a pod, each keeping all its batches), this one follows with one worker, both pinned
-to a core of their own. First the rate of one core is measured with a part of the events, then all of them are published
+One process publishes (a publisher a pod, each keeping all its batches), this one follows with one worker, each pinned
+to a core. Half of the follower's core goes to a process that only spins: else one publisher could not flood it. First the rate of one core is measured with a part of the events, then all of them are published
 at twice that rate. Ends with a table; exit status 1 where a drop was not counted or the index did not become exact.
 """
 
@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from indexer import Prompt, Source, open_index
+from indexer import Index, Prompt, Source, open_index
 from kvevents import EventPool
 from kvevents.testing import Publisher
 
@@ -61,10 +62,7 @@ def publish(pipe: Connection, pods: int, batches: int, core: int | None) -> None
     """Publish as told: how many batches a pod, at how many a second in all (0: as fast as can be); tell how long."""
     if core is not None:
         os.sched_setaffinity(0, {core})
-    publishers = [
-        Publisher("tcp://127.0.0.1:0", replay="tcp://127.0.0.1:0", buffer_steps=batches, hwm=1_000_000)
-        for _ in range(pods)
-    ]
+    publishers = [Publisher("tcp://127.0.0.1:0", replay="tcp://127.0.0.1:0", buffer_steps=batches) for _ in range(pods)]
     payloads = [[payload_of(pod, batch) for batch in range(batches)] for pod in range(pods)]
     pipe.send(Ready([(publisher.endpoint, publisher.replay) for publisher in publishers]))
     done = 0
@@ -85,9 +83,15 @@ def publish(pipe: Connection, pods: int, batches: int, core: int | None) -> None
         publisher.close()
 
 
+def spin(core: int) -> None:
+    """Take half of a core."""
+    os.sched_setaffinity(0, {core})
+    while True:
+        pass
+
+
 def resident_mib() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Watch(threading.Thread):
@@ -103,18 +107,18 @@ class Watch(threading.Thread):
             self.seen.append(resident_mib())
 
 
-def wait_exact(index, pods: int) -> float | None:
-    """Give the seconds until every pod is called exact, None where that does not happen."""
+def wait_exact(index: Index, pods: int, last: int) -> float | None:
+    """Give the seconds until every pod is called exact and is at its last batch, None where that does not happen."""
     start = time.monotonic()
     while time.monotonic() - start < WAIT_S:
         statuses = index.sources()
-        if len(statuses) == pods and all(not s.degraded and s.blocks == LIVE * BLOCKS for s in statuses):
+        if len(statuses) == pods and all(not s.degraded and s.last_seq == last for s in statuses):
             return time.monotonic() - start
         time.sleep(0.02)
     return None
 
 
-def wrong_answers(index, pods: int, last: int) -> int:
+def wrong_answers(index: Index, pods: int, last: int) -> int:
     """Ask for the newest batches of each pod, which it holds, and for older ones, which it does not."""
     wrong = 0
     for pod in range(pods):
@@ -129,7 +133,7 @@ def main() -> int:
     options.add_argument("--pods", type=int, default=16)
     options.add_argument("--seconds-of-events", type=int, default=3_600)
     options.add_argument("--batches-a-second", type=float, default=6.0, help="of one pod, before it is accelerated")
-    options.add_argument("--queue-mib", type=int, default=32)
+    options.add_argument("--queue-mib", type=int, default=8)
     options.add_argument("--url", default="memory://")
     asked = options.parse_args()
     batches = int(asked.seconds_of_events * asked.batches_a_second)
@@ -146,6 +150,7 @@ def main() -> int:
     ready = ours.recv()
     if pinned:
         os.sched_setaffinity(0, {cores[0]})
+        mp.get_context("spawn").Process(target=spin, args=(cores[0],), daemon=True).start()
     index = open_index(asked.url)
     pool = EventPool(index, workers=1, queue_bytes=asked.queue_mib * 2**20, model=MODEL)
     with pool:
@@ -159,7 +164,7 @@ def main() -> int:
         start = time.monotonic()
         ours.send((first, 0))
         ours.recv()
-        assert wait_exact(index, asked.pods) is not None
+        assert wait_exact(index, asked.pods, first - 1) is not None
         rate = first * asked.pods / (time.monotonic() - start)
         before = pool.stats()
         memory_before = resident_mib()
@@ -169,7 +174,7 @@ def main() -> int:
         ours.send((batches - first, 2 * rate))
         lasted = ours.recv()
         print("the flood is over; waiting until all pods are exact", file=sys.stderr)
-        exact_after = wait_exact(index, asked.pods)
+        exact_after = wait_exact(index, asked.pods, batches - 1)
         watch.over.set()
         watch.join()
         stats = pool.stats()

@@ -25,8 +25,9 @@ HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 5_000
-RECEIVE_MESSAGES = 100_000
-"""As many as the engine's own high-water mark; past it PUB drops, which shows as a gap."""
+RECEIVE_MESSAGES = 2_048
+"""How many may wait in each socket. They are read at once, so more would only be memory that no bound holds; past it
+the engine keeps them, and past its own mark PUB drops, which shows as a gap."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _BURST = 256
 """Messages read from one socket before the next one's turn."""

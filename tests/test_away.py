@@ -35,10 +35,11 @@ def through_proxies(engine, pool, *, replay=True):
     def port(endpoint):
         return int(endpoint.rpartition(":")[2])
 
-    with Proxy("127.0.0.1", port(engine.publisher.endpoint)) as live:
-        with Proxy("127.0.0.1", port(engine.publisher.replay)) as again:
-            pool.subscribe(POD, live.endpoint, replay=again.endpoint if replay else None, model=MODEL)
-            yield live
+    live = Proxy("127.0.0.1", port(engine.publisher.endpoint))
+    again = Proxy("127.0.0.1", port(engine.publisher.replay))
+    with live, again:
+        pool.subscribe(POD, live.endpoint, replay=again.endpoint if replay else None, model=MODEL)
+        yield live
 
 
 def leave(live):
