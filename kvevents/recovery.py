@@ -18,10 +18,14 @@ import xxhash
 
 from kvevents.message import Message
 
-HELD_MESSAGES = 16_384
-HELD_BYTES = 64 * 1024 * 1024
+HELD_MESSAGES = 2_048
+HELD_BYTES = 4 * 1024 * 1024
 """Live messages of one publisher that are held back; beyond that the oldest go, and are asked for like other lost
 ones."""
+
+SAID_MESSAGES = 16_384
+"""Of how many messages of a replay it is remembered what they said, for live ones that come after it and say the same.
+What comes later still is taken for a restart, which costs another replay."""
 
 PATIENCE_S = 15.0
 """How long a replay may say nothing before it counts as failed, whoever forgot it."""
@@ -325,6 +329,8 @@ class Recovery:
         replay.delivered += 1
         self._deliver(message, actions, now)
         self._said[message.seq] = digest
+        if len(self._said) > SAID_MESSAGES:
+            del self._said[next(iter(self._said))]
 
     def _release(self, actions: list[Action], now: float) -> None:
         """Go on with what was held back."""

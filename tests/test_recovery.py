@@ -1092,3 +1092,22 @@ def test_it_is_behind_only_while_something_is_known_to_be_on_its_way():
     recovery.connected(0)
     recovery.live(run(2), 0)
     assert recovery.is_behind
+
+
+@pytest.mark.parametrize(("late_by", "asks"), [(3, 0), (4, 1)])
+def test_what_a_replay_said_is_remembered_for_as_long_as_it_may_come_again(monkeypatch, late_by, asks):
+    monkeypatch.setattr(module, "SAID_MESSAGES", 3)
+    world = following(3)
+    world.publish(6)
+    late = list(world.live)
+    world.live.clear()
+    world.publish(lost=True)
+    world.connect()
+    world.serve()
+    world.check_exact()
+    world.asked.clear()
+    world.live.append(late[len(late) + 1 - late_by])
+    world.hear()
+    assert len(world.asked) == asks
+    world.serve()
+    world.check_exact()
