@@ -49,7 +49,7 @@ class _Dict:
 class _Namespace(Namespace):
     """A namespace that keeps no names with an underscore in front."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401, N805  (so that `self=` is a name like any other)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401  (so that `self=` is a name like any other)
         values: dict[str, Any] = dict(*args[1:], **kwargs)
         for name in values:
             _check_name(name)

@@ -16,7 +16,10 @@ TEMPLATES = [
 ]
 HOSTILE = [
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "processor time"),
-    ("{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}", ""),
+    (
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "processor|memory",
+    ),
     ("{{ 'a' * 10 ** 9 }}", "memory"),
     ("{{ '{:>1000000000}'.format('a') }}", "memory"),
     ("{{ 'a' | center(10 ** 9) }}", "memory"),
