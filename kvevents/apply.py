@@ -100,8 +100,9 @@ class Applier:
             elif note is Note.FAILED:
                 actions = recovery.failed(replay, now)
             else:
-                come = list(some)
+                come, before = list(some), recovery.recovered
                 actions = recovery.replayed(replay, come, now) if replay else recovery.live(come, now)
+                self.counters["recovered_total"] += recovery.recovered - before
             self._act(publisher, recovery, actions)
 
     def _apply_unaided(self, publisher: Publisher, messages: Sequence[Message]) -> None:

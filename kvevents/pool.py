@@ -32,6 +32,7 @@ _ALWAYS = (
     "rebuilds_total",
     "unreachable_total",
     "forgotten_total",
+    "recovered_total",
     "replays_total",
     "replays_failed_total",
 )

@@ -127,6 +127,8 @@ class Recovery:
         self._silence = SILENCE_S
         self.dropped = 0
         """Messages that were held back and had to go."""
+        self.recovered = 0
+        """Messages that came by a replay and were not known before."""
 
     def __repr__(self) -> str:
         return f"Recovery(last={self._last}, {'replaying' if self._replay else 'live'}, {len(self._held)} held)"
@@ -327,6 +329,7 @@ class Recovery:
                 return
             self._unhold()
         replay.delivered += 1
+        self.recovered += 1
         self._deliver(message, actions, now)
         self._said[message.seq] = digest
         if len(self._said) > SAID_MESSAGES:
