@@ -142,7 +142,9 @@ class Recovery:
     def is_behind(self) -> bool:
         """Whether messages are known to be missing that are on their way."""
         replay = self._replay
-        return replay is not None and (replay.why is _Why.START or replay.is_used or bool(self._held))
+        if replay is None:
+            return False
+        return replay.why is _Why.START or replay.is_used or replay.is_retry or bool(self._held)
 
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""

@@ -1094,6 +1094,16 @@ def test_it_is_behind_only_while_something_is_known_to_be_on_its_way():
     assert recovery.is_behind
 
 
+def test_it_is_behind_when_a_replay_stopped_in_the_middle():
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.replayed(1, run(0, 1), 0)
+    assert told(recovery.failed(1, 0)) == ["ask 1"]
+    assert recovery.is_behind
+    assert told(recovery.failed(2, 0)) == ["doubt"]
+    assert not recovery.is_behind
+
+
 @pytest.mark.parametrize(("late_by", "asks"), [(3, 0), (4, 1)])
 def test_what_a_replay_said_is_remembered_for_as_long_as_it_may_come_again(monkeypatch, late_by, asks):
     monkeypatch.setattr(module, "SAID_MESSAGES", 3)
