@@ -181,6 +181,8 @@ class Plan(NamedTuple):
 
     readers: Sequence[Reader]
     chains: list[list[Chain]]
+    masks: list[int]
+    """For each reader the bit of its slot, where it has but one single-slot chain; else 0."""
     by_size: dict[int, Wanted]
 
     @classmethod
@@ -192,7 +194,8 @@ class Plan(NamedTuple):
             for chain in mine:
                 for number in chain.sizes:
                     by_size.setdefault(number, []).append(chain)
-        return cls(readers, chains, {number: Wanted.of(some, number) for number, some in by_size.items()})
+        masks = [mine[0].groups[0].mask if len(mine) == 1 and mine[0].single_slot else 0 for mine in chains]
+        return cls(readers, chains, masks, {number: Wanted.of(some, number) for number, some in by_size.items()})
 
     def narrowed(self, pods: Collection[str] | None, size: int | None) -> "Plan":
         """Plan the same question about some pods, or some chains, only."""
@@ -247,9 +250,15 @@ def _lookup(
         scans[size] = yield from _scan(size, wanted, prompt, chunks, read, bare=bare)
     cap = max(0, prompt.length - 1)
     singles: dict[tuple[int, int, str], _Found] = {}
+    absent = 0
+    for scan in scans.values():
+        absent |= scan.absent
     found = []
-    for mine in plan.chains:
-        if len(mine) == 1 and mine[0].single_slot:
+    for mine, mask in zip(plan.chains, plan.masks, strict=True):
+        if mask & absent:
+            found.append(_NOTHING)
+            continue
+        if mask:
             found.append(_of_single(mine[0].groups[0], scans, cap, singles))
             continue
         parts = [_evaluate(chain, scans, cap, singles) for chain in mine]
@@ -267,9 +276,7 @@ def _lookup(
 def _of_single(group: Group, scans: dict[int, Scan], cap: int, known: dict[tuple[int, int, str], _Found]) -> _Found:
     size = group.spec.block_size
     scan = scans[size]
-    if scan.absent & group.mask:
-        return _NOTHING
-    blocks = scan.ends.get(group.mask, scan.scanned)
+    blocks = 0 if scan.absent & group.mask else scan.ends.get(group.mask, scan.scanned)
     if not blocks:
         return _NOTHING
     medium = group.slots[0].medium
