@@ -2,8 +2,8 @@
 
 Prompts of one dialogue extend each other, and all prompts of one application begin alike. The store cuts each text into
 chunks at places where that cannot change the ids (`scorer.cuts`), keeps the ids of each chunk under a chain of hashes,
-and gives back those of the longest run of chunks that it knows. A place to cut is found from the text alone, so that equal
-beginnings have equal chunks.
+and gives back those of the longest run of chunks that it knows. A place to cut is found from the text alone, so that
+equal beginnings have equal chunks.
 
 The ids are always those of the whole text: a hash only finds a chunk, its text and the chunk before it decide. A
 tokenizer whose texts cannot be cut safely is left to tokenize all of them, and that is counted.
@@ -72,7 +72,7 @@ class _Entry:
         self.ids = ids
         self.number = number
 
-    def __sizeof__(self) -> int:
+    def size(self) -> int:
         return OVERHEAD + sys.getsizeof(self.text) + sys.getsizeof(self.ids)
 
 
@@ -336,7 +336,7 @@ class PrefixStore:
             entry = entries.get(key)
             if entry is None:
                 entry = entries[key] = _Entry(part, parent, ids, next(self._numbers))
-                self._bytes += sys.getsizeof(entry)
+                self._bytes += entry.size()
             elif entry.parent != parent or entry.text != part:
                 break
             parent = entry.number
@@ -345,7 +345,7 @@ class PrefixStore:
         for key in reversed(path.keys[:reached]):
             entries.move_to_end(key)
         while self._bytes > self.max_bytes:
-            self._bytes -= sys.getsizeof(entries.popitem(last=False)[1])
+            self._bytes -= entries.popitem(last=False)[1].size()
             self._evicted += 1
 
 
