@@ -28,7 +28,7 @@ GPT2, LLAMA3, QWEN, QWEN35, GPT4O, DEEPSEEK = (
 CORPUS = [
     "The quick brown fox doesn't jump over 12345 lazy dogs; they'll say: \"hello, world!\"\n\nWe've 3.14 reasons.",
     "def f(x):\n    return {'a': [1, 2, 3], \"b\": x.y_z / 2}\r\n\t# naïve café, Ünïcödé\n   \n",
-    "今天天气很好。我们去公园吧！ 한국어 문장입니다. Привет, мир! これはテストです、はい。",
+    "今天天气很好。我们去公园吧！ 한국어 문장입니다. Привет, мир! これはテストです、はい。",  # noqa: RUF001
     '{"name":"get_user","arguments":{"user_id":"mia_li_3668","flight":"HAT001"}} <tool> </tool> foo bar',
 ] * 3
 CHAT = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -59,7 +59,7 @@ def byte_level(pattern, *, normalizer=None, added=(), prefix_space=False, ends=N
 
 
 def word_piece(normalizer=None, added=()):
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - no password
     tokenizer.normalizer = normalizer or normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[UNK]", "[CLS]", "[SEP]"]
@@ -74,7 +74,8 @@ def word_piece(normalizer=None, added=()):
 def unigram():
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    options = {"special_tokens": ["<unk>"], "unk_token": "<unk>", "show_progress": False}
+    trainer = trainers.UnigramTrainer(vocab_size=200, **options)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -100,7 +101,7 @@ MADE = {
     "nfkc-lower": lambda: byte_level(
         QWEN, normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     ),
-    "wordpiece": lambda: word_piece(),
+    "wordpiece": word_piece,
     "wordpiece-plain": lambda: word_piece(normalizers.BertNormalizer(lowercase=False), ["foo", AddedToken("a,b")]),
 }
 REAL = {
@@ -130,13 +131,15 @@ PIECES = st.one_of(
     st.sampled_from(
         [" ", "  ", "\n", "\r\n", "\n\n \n", "\t", "\u00a0", "\u3000", "\u2028", "\u180e", "\x1c", "\x85", "\x00"]
     ),
-    st.sampled_from(["a", "Hello", "naïve", "x_y", "don't", "'S", "'", "'ll", "ſ", "İ", "K", "1", "12345", "٣", "²"]),
+    st.sampled_from(
+        ["a", "Hello", "naïve", "x_y", "don't", "'S", "'", "'ll", "\u017f", "İ", "K", "1", "12345", "٣", "²"]
+    ),
     st.sampled_from(
         ["e\u0301", "\u0301", "\u0345\u0323", "か\u3099", "ᄒ", "ᅡ", "ᆫ", "한", "하", "\u037e", "\u2000", "\u093f"]
     ),
     st.sampled_from(
-        ["👨\u200d👩\u200d👧", "🏳️\u200d🌈", "中文", "。", "，", "日本", "・", "ー", "鿿", "Привет", "\ufeff"]
-    ),  # noqa: RUF001
+        ["👨\u200d👩\u200d👧", "🏳️\u200d🌈", "中文", "。", "\uff0c", "日本", "・", "ー", "鿿", "Привет", "\ufeff"]
+    ),
     st.sampled_from(
         ["<|im_start|>", "<|im_end|>", "<|im_", "|>", "<|", "<tool>", "</tool>", "<mask>", "<|end|>", "/", "//"]
     ),
@@ -153,7 +156,7 @@ def truth(tokenizer, text, *, special):
 
 
 @pytest.mark.parametrize("name", CUTTING)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(text=TEXT)
 def test_every_place_to_cut_is_safe(name, text):
     tokenizer = tokenizer_named(name)
@@ -168,7 +171,7 @@ def test_every_place_to_cut_is_safe(name, text):
 
 
 @pytest.mark.parametrize("name", CUTTING)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 @given(
     edits=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), TEXT, st.booleans()), min_size=1, max_size=6),
     chunk=st.sampled_from([1, 5, 40]),
