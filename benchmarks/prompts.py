@@ -1,10 +1,12 @@
 """Dialogues tokenized with the prefix store and without, in one run: `python benchmarks/prompts.py [--data FOLDER]`.
 
 The dialogues are real ones where the folder has them (`prompts/*.jsonl` with `messages`, and tokenizers in
-`tokenizers/*/tokenizer.json`, also gzipped), rendered plainly with ChatML's markers, else made up. A turn is the dialogue
+`tokenizers/*/tokenizer.json`, also gzipped), rendered plainly with ChatML's markers, else made up. A turn is the
+dialogue
 up to a message that is not the assistant's: each extends the one before. Every list of ids is compared with the
 tokenizer's own before anything is timed. Then the two take turns, round by round, each round with an empty store; the
-tokenizer alone is asked both with `encode` and with `encode_batch_fast`, which notes no offsets and is what the store uses
+tokenizer alone is asked both with `encode` and with `encode_batch_fast`, which notes no offsets and is what the store
+uses
 itself. Medians, lowest and highest.
 """
 
@@ -151,7 +153,8 @@ def measure(name: str, dialogues: list[list[str]], tokenizer: Tokenizer, rounds:
     print(
         f"{name}\n"
         f"  turns {len(texts) + len(dialogues)} of {len(dialogues)} dialogues, "
-        f"mean {later // len(texts):,} characters, hits {stats.hits / (stats.hits + stats.misses):.1%}, held {stats.bytes_held / 1e6:.2f} MB\n"
+        f"mean {later // len(texts):,} characters, hits {stats.hits / (stats.hits + stats.misses):.1%}, "
+        f"held {stats.bytes_held / 1e6:.2f} MB\n"
         f"  from the second turn on: {1 - tokenized / later:.1%} less text tokenized\n"
         f"  ms a turn: store {spread(times['store'])}  encode {spread(times['encode'])}  "
         f"encode_batch_fast {spread(times['fast'])}  {better[0]:.1f} and {better[1]:.1f} times faster"
