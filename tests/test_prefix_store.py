@@ -255,7 +255,6 @@ def test_models_are_never_mixed():
 
 def test_a_hash_that_collides_gives_nobody_elses_ids(monkeypatch):
     monkeypatch.setattr("scorer.prefix_store.xxhash.xxh3_64_intdigest", lambda part, seed: len(part))
-    tokenizer = tokenizer_named("gpt2")
     store = PrefixStore(chunk=4)
     for text in (
         "alpha beta gamma delta",
@@ -263,8 +262,20 @@ def test_a_hash_that_collides_gives_nobody_elses_ids(monkeypatch):
         "alpha beta gamma delta",
         "alphb beta gamma delta",
     ):
-        got = store.encode(text, model="m", tokenizer=tokenizer, add_special_tokens=False)
-        assert list(got) == truth(tokenizer, text, special=False)
+        # the two have other ids for the same text
+        for name in ("gpt2", "wordpiece"):
+            tokenizer = tokenizer_named(name)
+            got = store.encode(text, model="m", tokenizer=tokenizer, add_special_tokens=False)
+            assert list(got) == truth(tokenizer, text, special=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["<|end|> foo", "a </tool>  foo", "foo <mask> foo", "x<|end|>\n\nfoo", "a.</tool> \u3000 b"]
+)
+def test_blanks_that_a_token_takes_stay_with_it(text):
+    tokenizer = tokenizer_named("qwen-stripping")
+    got = PrefixStore(chunk=1).encode(text, model="m", tokenizer=tokenizer, add_special_tokens=False)
+    assert list(got) == truth(tokenizer, text, special=False)
 
 
 def test_special_tokens_come_with_a_known_prefix():
