@@ -1,7 +1,7 @@
 """An hour of events, faster than one core can take them: does memory stay within its bound, is every drop counted, and
 how soon is the index exact again?
 
-    python benchmarks/flood.py [--pods 16] [--seconds-of-events 3600] [--batches-a-second 6] [--queue-mib 32]
+    python benchmarks/flood.py [--pods 16] [--seconds-of-events 3600] [--batches-a-second 12] [--queue-mib 8]
 
 One process publishes (a publisher a pod, each keeping all its batches), this one follows with one worker, each pinned
 to a core. Half of the follower's core goes to a process that only spins: else one publisher could not flood it. The
@@ -162,9 +162,9 @@ def main() -> int:
     with pool:
         for pod, (endpoint, replay) in enumerate(ready.endpoints):
             pool.subscribe(f"pod-{pod}", endpoint, replay=replay, model=MODEL)
-        while len([up for up in pool.connected().values() if up]) < asked.pods:
+        # until the first replays have said that there is nothing yet
+        while not all(pool.connected().values()) or any(status.degraded for status in index.sources()):
             time.sleep(0.01)
-        time.sleep(1.0)  # until the first replays have said that there is nothing yet
         first = batches // 20
         print("warming up", file=sys.stderr)
         ours.send((first, 2_000))

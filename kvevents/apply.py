@@ -21,7 +21,7 @@ MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
 ASKED_AGAIN = "behind: messages were asked for again, and are on their way"
 RECONNECTED = "unsure: the connection was lost, and what was said meanwhile cannot be asked for"
-AWAY = f"{UNREACHABLE}: nothing was heard of this source for long"
+NOT_REACHED = f"{UNREACHABLE}: nothing was heard of this source for long"
 UNSURE = "unsure: messages may be missing, and could not be had again"
 FAILED = "error: events could not be applied"
 
@@ -65,7 +65,7 @@ class Applier:
         """Publishers whose messages are on their way again."""
         self._verdicts: dict[Source, str] = {}
         """Why a source is degraded by the numbers of its messages, "" where it is not."""
-        self._away: dict[Publisher, bool] = {}
+        self._unreachable: dict[Publisher, bool] = {}
         """Publishers that cannot be reached, and whether what they said is forgotten."""
         self._heard: dict[Publisher, float] = {}
         """When a publisher spoke last."""
@@ -190,8 +190,8 @@ class Applier:
 
     def _show_one(self, publisher: Publisher, source: Source) -> None:
         reason = self._verdicts.get(source, NO_EVENTS_YET)
-        if publisher in self._away:
-            reason = AWAY
+        if publisher in self._unreachable:
+            reason = NOT_REACHED
         elif publisher in self._behind:
             reason = ASKED_AGAIN
         with suppress(InvalidQuestion):  # it said nothing yet, or was forgotten meanwhile
@@ -200,31 +200,39 @@ class Applier:
     def _judge(self, publisher: Publisher, source: Source, reason: str) -> None:
         """Say what the numbers of a source's messages mean for it, now or when it is no longer behind."""
         self._verdicts[source] = reason
-        if publisher not in self._behind and publisher not in self._away:
+        if publisher not in self._behind and publisher not in self._unreachable:
             self._show_one(publisher, source)
 
-    def hear_away(self, away: Mapping[Publisher, float]) -> None:
+    def hear_unreachable(self, unreachable: Mapping[Publisher, float], visitors: Collection[str]) -> None:
         """Hear which publishers cannot be reached, and for how long: 1 is when they stop being scored, 2 when what they
         hold is forgotten. All others can be reached.
+
+        `visitors` are endpoints to which pods connect by themselves: of those nothing is kept, as they may never come
+        again.
         """
-        for publisher, long in away.items():
-            if long >= 1 and publisher not in self._away:
-                self._away[publisher] = False
+        for publisher, long in unreachable.items():
+            if long >= 1 and publisher not in self._unreachable:
+                self._unreachable[publisher] = False
                 self.counters["unreachable_total"] += 1
                 self._log.warning("unreachable", pod=publisher.pod, endpoint=publisher.endpoint)
                 self._show(publisher)
-            if long >= 2 and not self._away[publisher]:
-                self._away[publisher] = True
-                self._forget_away(publisher)
-        for publisher in [publisher for publisher in self._away if away.get(publisher, 0.0) < 1]:
-            del self._away[publisher]
+            if long >= 2 and not self._unreachable[publisher]:
+                self._unreachable[publisher] = True
+                self._log.info("forgotten", pod=publisher.pod, endpoint=publisher.endpoint)
+                self.counters["forgotten_total"] += 1
+                if publisher.endpoint in visitors and all(
+                    other == publisher for other in self._publishers(publisher.pod)
+                ):
+                    self.forget(publisher.pod, keep=False)
+                else:
+                    self._forget_unreachable(publisher)
+        for publisher in [publisher for publisher in self._unreachable if unreachable.get(publisher, 0.0) < 1]:
+            del self._unreachable[publisher]
             self._log.info("reachable", pod=publisher.pod, endpoint=publisher.endpoint)
             self._show(publisher)
 
-    def _forget_away(self, publisher: Publisher) -> None:
+    def _forget_unreachable(self, publisher: Publisher) -> None:
         """Forget what a publisher said that will hardly come back as the same engine."""
-        self._log.info("forgotten", pod=publisher.pod, endpoint=publisher.endpoint)
-        self.counters["forgotten_total"] += 1
         self._behind.discard(publisher)
         if publisher in self._recoveries:
             self.follow(publisher)
@@ -235,6 +243,9 @@ class Applier:
         for flow in self._flows.get(publisher, {}).values():
             flow.stream.last = None
         self._show(publisher)
+
+    def _publishers(self, pod: str) -> set[Publisher]:
+        return {publisher for publisher in [*self._flows, *self._recoveries] if publisher.pod == pod}
 
     def silences(self, endpoints: Collection[str]) -> dict[Publisher, float]:
         """Give for how many seconds the publishers that came by these endpoints have said nothing."""
@@ -396,7 +407,7 @@ class Applier:
         self._recoveries = {publisher: known for publisher, known in self._recoveries.items() if publisher.pod != pod}
         self._behind = {publisher for publisher in self._behind if publisher.pod != pod}
         self._verdicts = {source: reason for source, reason in self._verdicts.items() if source.pod != pod}
-        self._away = {publisher: gone for publisher, gone in self._away.items() if publisher.pod != pod}
+        self._unreachable = {publisher: gone for publisher, gone in self._unreachable.items() if publisher.pod != pod}
         self._heard = {publisher: at for publisher, at in self._heard.items() if publisher.pod != pod}
         self._anew = {publisher for publisher in self._anew if publisher.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}

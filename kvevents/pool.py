@@ -281,17 +281,17 @@ class EventPool:
         if receiver is not None:
             receiver.replay(publisher, replay, start)
 
-    def _away(self, number: int) -> dict[Publisher, float]:
-        """Give the publishers of a shard that cannot be reached, and for how many times as long as they may."""
-        receiver = self._receiver
+    def _judge_reach(self, number: int) -> None:
+        """Tell a shard which of its publishers cannot be reached, and for how many times as long as they may."""
+        receiver, applier = self._receiver, self._appliers[number]
         if receiver is None:
-            return {}
-        silences = self._appliers[number].silences(receiver.bound())
-        return {publisher: s / self._silent_timeout_s for publisher, s in silences.items()} | {
-            publisher: s / self._pod_timeout_s
-            for publisher, s in receiver.away().items()
-            if self._shard(publisher.pod) == number
-        }
+            return
+        bound = receiver.bound()
+        unreachable = {p: seconds / self._silent_timeout_s for p, seconds in applier.silences(bound).items()}
+        for publisher, seconds in receiver.unreachable().items():
+            if self._shard(publisher.pod) == number:
+                unreachable[publisher] = seconds / self._pod_timeout_s
+        applier.hear_unreachable(unreachable, bound)
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
@@ -327,7 +327,7 @@ class EventPool:
                 try:
                     with lock:
                         applier.tick()
-                        applier.hear_away(self._away(number))
+                        self._judge_reach(number)
                 except Exception as error:  # noqa: BLE001  (as above)
                     self._errors += 1
                     self._log.error("tick_error", error=repr(error))

@@ -55,7 +55,7 @@ class _Open:
     monitor: "zmq.Socket[bytes]"
     connected: int = 0
     heard: bool = False
-    away_since: float = field(default_factory=time.monotonic)
+    unreachable_since: float = field(default_factory=time.monotonic)
     """Since when nobody is connected; of no meaning where somebody is."""
 
 
@@ -114,11 +114,11 @@ class Receiver:
                 states[pod] = states.get(pod, True) and (opened.connected > 0 or opened.heard)
         return states
 
-    def away(self) -> dict[Publisher, float]:
+    def unreachable(self) -> dict[Publisher, float]:
         """Give the publishers of pods subscribed by name that are not connected, and for how many seconds."""
         now = time.monotonic()
         return {
-            Publisher(opened.subscription.pod, opened.subscription.endpoint): now - opened.away_since
+            Publisher(opened.subscription.pod, opened.subscription.endpoint): now - opened.unreachable_since
             for opened in list(self._open)
             if opened.subscription.pod is not None and not opened.connected and not opened.heard
         }
@@ -237,7 +237,7 @@ class Receiver:
         elif event == zmq.EVENT_DISCONNECTED:
             opened.connected = max(0, opened.connected - 1)
             opened.heard = False
-            opened.away_since = time.monotonic()
+            opened.unreachable_since = time.monotonic()
 
     def _add(self, subscription: Subscription) -> str:
         socket = self._context.socket(zmq.SUB)

@@ -1,12 +1,13 @@
 """Runs chat templates in processes of their own, where they can be stopped."""
 
+import contextlib
 import json
 import queue
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from scorer.errors import InvalidRequest, ScorerError, TemplateFailed
 
@@ -135,16 +136,18 @@ class _Worker:
 
     def end(self) -> int:
         """End the process, if it has not, and give its status."""
+        self._close(self._process.stdin)  # an idle one ends by itself then
         # the timer's signal may be on its way: only a process that still runs is killed
         try:
             status = self._process.wait(0.5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:
-                    continue  # what was not written is for nobody now
+        self._close(self._process.stdout)
         return status
+
+    @staticmethod
+    def _close(pipe: IO[bytes] | None) -> None:
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # what was not written is for nobody now
+                pipe.close()

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from indexer import UNREACHABLE, Prompt, Source
+from indexer import UNREACHABLE, Prompt
 from kvevents import EventPool, pool, replays
 from kvevents import recovery as recoveries
 from kvevents.faults import Proxy
@@ -123,10 +123,9 @@ def test_a_pod_that_came_by_itself_and_is_silent_for_long(index):
             until(lambda: status(index) is not None)
             until(lambda: reason(index).startswith(UNREACHABLE))
             assert index.match(Prompt([1, 2, 3, 4], MODEL), holders_only=True) == []
-            until(lambda: status(index).blocks == 0)
-        other = Source("pod-b")
-        index.register(other, model=MODEL)
-        assert [s.source for s in index.sources() if not s.degraded] == [other]
+            until(lambda: status(index) is None)
+            publisher.publish([stored("vllm-map", [2], 1, [5, 6, 7, 8], 4)])
+            until(lambda: status(index) is not None and reason(index).startswith("gap"))
 
 
 @pytest.mark.parametrize("most", [0, 1, 7])
