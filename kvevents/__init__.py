@@ -2,6 +2,7 @@
 
 from indexer import AllBlocksCleared, BlockRemoved, BlockStored
 from kvevents.apply import OnGap
+from kvevents.engine_hash import HashFindings, recognise_hashes
 from kvevents.errors import DecodeError, KVEventsError, PoolClosed, SubscriptionError
 from kvevents.message import Message, parse_topic
 from kvevents.pool import EventPool
@@ -14,6 +15,7 @@ __all__ = [
     "BlockStored",
     "DecodeError",
     "EventPool",
+    "HashFindings",
     "KVEventsError",
     "Message",
     "OnGap",
@@ -22,4 +24,5 @@ __all__ = [
     "decode_batch",
     "decode_batches",
     "parse_topic",
+    "recognise_hashes",
 ]
