@@ -118,6 +118,30 @@ def replay(
     raise typer.Exit(run_replay(file, check=check, copies="set" if copies == "set" else "count", pod=pod, model=model))
 
 
+@app.command(epilog="Example: kvindex record pod-0=tcp://10.0.0.7:5557 --folder captures --max-total-mb 2048")
+def record(
+    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at; also pod=endpoint.")],
+    folder: Annotated[Path, typer.Option(help="Where the captures go.")] = Path("captures"),
+    topic: Annotated[str, typer.Option(help="Prefix of the topics to hear.")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
+    max_file_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes after which another file begins.")] = 64.0,
+    max_total_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of all files; the oldest go.")] = 1024.0,
+) -> None:
+    """Record what pods publish, for `kvindex replay`."""
+    from kvindex.record import run_record
+
+    raise typer.Exit(
+        run_record(
+            endpoints,
+            folder,
+            topic=topic,
+            seconds=seconds,
+            max_file_bytes=int(max_file_mb * 1_000_000),
+            max_total_bytes=int(max_total_mb * 1_000_000),
+        )
+    )
+
+
 @app.command(epilog="Example: kvindex watch tcp://10.0.0.7:5557 tcp://10.0.0.8:5557")
 def watch(
     endpoints: Annotated[list[str], typer.Argument(help="What pods publish at.")],

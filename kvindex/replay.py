@@ -110,7 +110,9 @@ def _message(line: dict[str, Any], pod: str | None) -> Message:
         seq = int(line["seq"])
         if not 0 <= seq < 2**64:
             raise ValueError(f"seq: expected 0 to 2**64-1, got {seq}")  # noqa: TRY301
-        return Message(topic, seq, payload, pod=pod or (None if topic else "pod-0"))
+        endpoint = str(line.get("endpoint", ""))
+        name = pod or line.get("pod") or (None if topic else endpoint or "pod-0")
+        return Message(topic, seq, payload, pod=None if name is None else str(name))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{line['file']}, line {line['line']}: no message with topic, seq and payload in hex: {error!r}"
