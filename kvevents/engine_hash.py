@@ -1,8 +1,8 @@
 """The engine's own hashes, computed again from tokens: a test of what an engine says of itself.
 
 vLLM chains ``H((parent digest, tokens, extra keys))`` over the blocks of a prompt, from ``H(seed text)`` where
-`PYTHONHASHSEED` gives the text. ``H`` is SHA-256 or XXH3-128 over CBOR or over a pickle; on the wire is the digest, or its
-last 8 bytes. Source: WIRE A5, and vLLM's `v1/core/kv_cache_utils.py` as its captures show it.
+`PYTHONHASHSEED` gives the text. ``H`` is SHA-256 or XXH3-128 over CBOR or over a pickle; on the wire is the digest, or
+its last 8 bytes. Source: WIRE A5, and vLLM's `v1/core/kv_cache_utils.py` as its captures show it.
 
 Nothing of the index depends on this: block keys are our own. Blocks with extra keys (adapters, salts, images) are left
 out, since not all that is hashed of them is on the wire.
@@ -26,7 +26,7 @@ _MAX_EVENTS = 64
 _MAX_OTHER_SIZE = 1024
 _OTHER_SIZES = tuple(2**power for power in range(11))
 
-_Value: TypeAlias = "int | bytes | str | None | Sequence[_Value]"
+_Value: TypeAlias = "int | bytes | str | Sequence[_Value] | None"
 _Hash: TypeAlias = Callable[[_Value], bytes]
 
 

@@ -1,4 +1,4 @@
-"""Frames as they come from publishers, undecoded, and what becomes of the connections: for those who look, not index."""
+"""Frames as they come from publishers, undecoded, and what becomes of the connections: for lookers-on."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -110,7 +110,7 @@ class ReplayAnswer(NamedTuple):
 
     messages: list[tuple[int, bytes]]
     """Numbers and payloads, at most as many as were wanted."""
-    count: int
+    received: int
     """How many came."""
     first: int | None
     last: int | None

@@ -98,7 +98,7 @@ class Recorder:
             self._keep_within_bounds(len(payload))
         except OSError as error:
             raise RecordingError(
-                f"{self._path}: {error.strerror}; {self.recorded} messages were recorded: make room or name another folder"
+                f"{self._path}: {error.strerror}; {self.recorded} messages recorded; make room, or name another folder"
             ) from error
 
     def flush(self) -> None:

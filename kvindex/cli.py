@@ -154,6 +154,40 @@ def watch(
     raise typer.Exit(run_watch(endpoints, topic=topic, seconds=seconds))
 
 
+@app.command(epilog="Example: kvindex doctor tcp://10.0.0.7:5557 --replay tcp://10.0.0.7:5558 --pod 10.0.0.7:8000")
+def doctor(
+    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at.")] = [],  # noqa: B006
+    replay: Annotated[list[str], typer.Option(help="Their replay sockets, in order.")] = [],  # noqa: B006
+    pod: Annotated[list[str], typer.Option(help="What the router calls them, in order.")] = [],  # noqa: B006
+    topic: Annotated[str, typer.Option(help="The filter that kvindex is configured with.")] = "",
+    model: Annotated[str, typer.Option(help="The model that the router asks for.")] = "",
+    block_size: Annotated[int | None, typer.Option(min=1, help="The block size that the router reckons with.")] = None,
+    hash_seed: Annotated[list[str], typer.Option(help="PYTHONHASHSEED of the engines, to try.")] = ["0", "42"],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to listen.")] = 5.0,
+    url: Annotated[str, typer.Option(help="A running kvindex service to look at, too.")] = "",
+    engine: Annotated[str, typer.Option(help="The engine's HTTP address, to tell idle from switched off.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,  # noqa: FBT002
+) -> None:
+    """Find out why scores are empty or wrong. Exit status: 0 all is well, 1 something is not, 2 usage."""
+    from kvindex.doctor.run import run_doctor
+
+    raise typer.Exit(
+        run_doctor(
+            endpoints,
+            replays=replay,
+            topic=topic,
+            model=model,
+            block_size=block_size,
+            pods=pod,
+            seeds=hash_seed,
+            seconds=seconds,
+            url=url,
+            engine=engine,
+            as_json=json,
+        )
+    )
+
+
 @app.command(epilog="Example: kvindex score --model demo/model 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16")
 def score(
     tokens: Annotated[list[int], typer.Argument(help="The token ids of the prompt; none: read JSON from stdin.")] = [],  # noqa: B006
