@@ -153,8 +153,8 @@ def test_a_replay_is_asked_for_and_its_depth_is_told():
         for number in range(5):
             publisher.publish([stored("vllm-map", [number + 1], None, range(16), 16)])
         answer = ask_replay(publisher.replay)
-        assert (answer.count, answer.first, answer.last, answer.is_complete) == (3, 2, 4, True)
+        assert (answer.received, answer.first, answer.last, answer.is_complete) == (3, 2, 4, True)
         publisher.framing = "old"
         assert ask_replay(publisher.replay, 4, keep=0)[:4] == ([], 1, 4, 4)
         silent = ask_replay(publisher.endpoint, timeout=0.2)  # what publishes answers nobody
-    assert (silent.count, silent.is_complete) == (0, False)
+    assert (silent.received, silent.is_complete) == (0, False)
