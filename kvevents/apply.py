@@ -14,7 +14,7 @@ from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
 from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
 from kvevents.stream import Stream, Verdict
-from kvevents.wire import decode_batches, name_errors
+from kvevents.wire import batch_time, decode_batches, name_errors
 
 NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
@@ -35,6 +35,19 @@ OnGap: TypeAlias = Literal["keep", "drop"]
 
 AskAgain: TypeAlias = Callable[[Publisher, int, int], None]
 """Asks a publisher for a replay, by its number, from a number of a message on. It must not wait."""
+
+
+class LastHeard(NamedTuple):
+    """When a source was heard."""
+
+    at: float
+    """When its last message was applied, in seconds since the epoch."""
+    ts: float | None
+    """When the engine made it, None where that could not be read cheaply."""
+    messages: int
+    """How many were applied so far."""
+    gaps: int = 0
+    """How often some were missing for good."""
 
 
 class _Flow(NamedTuple):
@@ -77,6 +90,7 @@ class Applier:
         self._flows: dict[Publisher, dict[int, _Flow]] = {}
         self.counters: Counter[str] = Counter()
         self.sequences: dict[Source, int] = {}
+        self.heard: dict[Source, LastHeard] = {}
 
     def apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
         """Apply messages of a publisher in order. What cannot be used is counted and logged, never raised.
@@ -321,6 +335,7 @@ class Applier:
         if applied:
             stream.last = seqs[applied - 1]
             self._note_applied(source, applied, events, stream.last)
+            self._note_heard(source, applied, batch_time(messages[applied - 1].payload))
         return applied, name_errors(rest)
 
     def _decode(self, messages: Sequence[Message]) -> list[Decoded | DecodeError]:
@@ -341,11 +356,16 @@ class Applier:
             events = [batch.events for batch in due]
             self._index.apply_all(source, events, last_seq=seq)
             self._note_applied(source, len(due), sum(map(len, events)), seq)
+            self._note_heard(source, len(due), due[-1].ts)
 
     def _note_applied(self, source: Source, messages: int, events: int, seq: int) -> None:
         self.counters["events_total"] += events
         self.counters["applied_total"] += messages
         self.sequences[source] = seq
+
+    def _note_heard(self, source: Source, messages: int, ts: float | None) -> None:
+        before = self.heard.get(source, LastHeard(0.0, None, 0))
+        self.heard[source] = LastHeard(time.time(), ts, before.messages + messages, before.gaps)
 
     def _sources(self) -> set[Source]:
         return {flow.source for flows in self._flows.values() for flow in flows.values()}
@@ -370,6 +390,8 @@ class Applier:
         source, stream = flow
         if verdict is Verdict.GAP:
             self.counters["gaps_total"] += 1
+            before = self.heard.get(source, LastHeard(0.0, None, 0))
+            self.heard[source] = before._replace(gaps=before.gaps + 1)
             self.counters["missing_total"] += stream.missing
             self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=seq)
             if self._on_gap == "drop":
@@ -411,6 +433,7 @@ class Applier:
         self._heard = {publisher: at for publisher, at in self._heard.items() if publisher.pod != pod}
         self._anew = {publisher for publisher in self._anew if publisher.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
+        self.heard = {source: last for source, last in self.heard.items() if source.pod != pod}
         if keep:
             self._index.release(pod)
         else:

@@ -10,7 +10,7 @@ from typing import Self
 import structlog
 
 from indexer import Copies, Index, Source
-from kvevents.apply import NO_EVENTS_YET, Applier, OnGap
+from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
@@ -257,6 +257,10 @@ class EventPool:
     def sequences(self) -> dict[Source, int]:
         """Give the sequence number applied last, for each source."""
         return {source: seq for applier in self._appliers for source, seq in list(applier.sequences.items())}
+
+    def heard(self) -> dict[Source, LastHeard]:
+        """Say for each source when it was heard last, and how often."""
+        return {source: last for applier in self._appliers for source, last in list(applier.heard.items())}
 
     def connected(self) -> dict[str, bool]:
         """Say for each subscribed pod whether its publishers are connected."""

@@ -230,13 +230,20 @@ class Publisher:
         batch: list[Any] = [time.time(), list(events)]
         return self.send(msgspec.msgpack.encode(batch if self.rank is None else [*batch, self.rank]), lost=lost)
 
-    def send(self, payload: bytes, *, lost: bool = False) -> int:
-        """Send a payload as it is; give its sequence number."""
+    def send(self, payload: bytes, *, lost: bool = False, seq: int | None = None) -> int:
+        """Send a payload as it is; give its sequence number.
+
+        `seq` is the number it is to have. One that is not higher than the last begins anew, as a restarted engine does,
+        on the same connections: nothing from before can be replayed.
+        """
         with self._lock:
             if self._socket is None:
                 raise RuntimeError("the publisher is closed")
-            seq = self._next
-            self._next += 1
+            if seq is None:
+                seq = self._next
+            elif seq < self._next:
+                self._ring.clear()
+            self._next = seq + 1
             self._ring.append((seq, payload))
             if not lost:
                 self._socket.send_multipart((self.topic, seq.to_bytes(8, "big"), payload))

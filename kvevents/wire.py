@@ -10,6 +10,7 @@ llm-d-kv-cache 7be76e1.
 """
 
 import re
+import struct
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,8 @@ _PAIRS_SINCE = 9
 _DIGEST = re.compile(r"[0-9a-fA-F]{16,}")
 
 _BROKEN = (msgspec.DecodeError, RecursionError, ValueError, OverflowError, TypeError)
+
+_DOUBLE = struct.Struct(">d")
 
 _decode = msgspec.msgpack.Decoder().decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -111,6 +114,14 @@ def decode_batch(payload: bytes | bytearray | memoryview) -> Batch:
         except _BadEvent as bad:
             discards[bad.args[0]] += 1
     return Batch(ts / 1000 if ts > 1e11 else float(ts), rank, events, discards)
+
+
+def batch_time(payload: bytes | memoryview) -> float | None:
+    """Read when the engine made a batch without decoding it; None where it does not begin like engines' batches do."""
+    if len(payload) < 10 or payload[0] not in (0x92, 0x93) or payload[1] != 0xCB:
+        return None
+    (ts,) = _DOUBLE.unpack_from(payload, 2)
+    return ts if 0.0 <= ts < 1e11 else None
 
 
 def decode_batches(payloads: Sequence[bytes | memoryview], index: Index | None = None) -> list[Decoded | DecodeError]:

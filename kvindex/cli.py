@@ -108,26 +108,124 @@ def replay(
     copies: Annotated[str, typer.Option(help="count, or set for engines that announce blocks again.")] = "count",
     pod: Annotated[str | None, typer.Option(help="The pod, where topics do not say.")] = None,
     model: Annotated[str | None, typer.Option(help="The model, where topics do not say.")] = None,
+    speed: Annotated[str, typer.Option(help="full, original, or how many times as fast.")] = "full",
+    publish: Annotated[bool, typer.Option(help="Publish it, for a running service.")] = False,  # noqa: FBT002
+    host: Annotated[str, typer.Option(help="Address to publish at.")] = "127.0.0.1",
+    base_port: Annotated[int, typer.Option(help="Pod i has this + 2i, and + 2i + 1 for replay; 0: any.")] = 5557,
+    wait_subscribers: Annotated[int, typer.Option(min=0, help="Begin when each pod has so many.")] = 1,
+    hold: Annotated[float, typer.Option(min=0, help="Seconds to answer replays after the end.")] = 5.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the endpoints as KVINDEX_PODS takes them.")] = False,  # noqa: FBT002
 ) -> None:
-    """Play a capture into an index."""
+    """Play a capture into an index of its own, or with --publish as its pods did to a running service."""
+    from functools import partial
+
+    from kvindex.playing import run_play, speed_of
     from kvindex.replay import run_replay
 
     logs.configure("warning")
     if copies not in ("count", "set"):
         raise UserError(f"--copies {copies}: expected count or set")
-    raise typer.Exit(run_replay(file, check=check, copies="set" if copies == "set" else "count", pod=pod, model=model))
+    if check and publish:
+        raise UserError("--check: cannot be had with --publish; ask the service instead (kvindex score)")
+    factor = speed_of(speed)
+    play = partial(
+        run_play,
+        speed=factor,
+        host=host,
+        base_port=base_port,
+        wait_subscribers=wait_subscribers,
+        hold=hold,
+        model=model or "",
+        as_json=json,
+    )
+    raise typer.Exit(
+        run_replay(
+            file,
+            check=check,
+            copies="set" if copies == "set" else "count",
+            pod=pod,
+            model=model,
+            speed=factor,
+            publish=play if publish else None,
+        )
+    )
+
+
+@app.command(epilog="Example: kvindex record pod-0=tcp://10.0.0.7:5557 --folder captures --max-total-mb 2048")
+def record(
+    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at; also pod=endpoint.")],
+    folder: Annotated[Path, typer.Option(help="Where the captures go.")] = Path("captures"),
+    topic: Annotated[str, typer.Option(help="Prefix of the topics to hear.")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
+    max_file_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes after which another file begins.")] = 64.0,
+    max_total_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of all files; the oldest go.")] = 1024.0,
+) -> None:
+    """Record what pods publish, for `kvindex replay`."""
+    from kvindex.record import run_record
+
+    raise typer.Exit(
+        run_record(
+            endpoints,
+            folder,
+            topic=topic,
+            seconds=seconds,
+            max_file_bytes=int(max_file_mb * 1_000_000),
+            max_total_bytes=int(max_total_mb * 1_000_000),
+        )
+    )
 
 
 @app.command(epilog="Example: kvindex watch tcp://10.0.0.7:5557 tcp://10.0.0.8:5557")
 def watch(
-    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at.")],
+    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at.")] = [],  # noqa: B006
     topic: Annotated[str, typer.Option(help="Prefix of the topics to hear.")] = "",
     seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
+    url: Annotated[str, typer.Option(help="A running service whose pods to show, in the place of endpoints.")] = "",
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the service.")] = 1.0,
 ) -> None:
-    """Show the events of some pods as they come."""
+    """Show the events of some pods as they come, or the pods of a running service."""
     from kvindex.watch import run_watch
+    from kvindex.watching import run_watch_service
 
+    if bool(endpoints) == bool(url):
+        raise UserError("watch: name what pods publish at (tcp://10.0.0.7:5557), or --url of a running service")
+    if url:
+        raise typer.Exit(run_watch_service(url, seconds=seconds, every=every))
     raise typer.Exit(run_watch(endpoints, topic=topic, seconds=seconds))
+
+
+@app.command(epilog="Example: kvindex doctor tcp://10.0.0.7:5557 --replay tcp://10.0.0.7:5558 --pod 10.0.0.7:8000")
+def doctor(
+    endpoints: Annotated[list[str], typer.Argument(help="What pods publish at.")] = [],  # noqa: B006
+    replay: Annotated[list[str], typer.Option(help="Their replay sockets, in order.")] = [],  # noqa: B006
+    pod: Annotated[list[str], typer.Option(help="What the router calls them, in order.")] = [],  # noqa: B006
+    topic: Annotated[str, typer.Option(help="The filter that kvindex is configured with.")] = "",
+    model: Annotated[str, typer.Option(help="The model that the router asks for.")] = "",
+    block_size: Annotated[int | None, typer.Option(min=1, help="The block size that the router reckons with.")] = None,
+    hash_seed: Annotated[list[str], typer.Option(help="PYTHONHASHSEED of the engines, to try.")] = ["0", "42"],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to listen.")] = 5.0,
+    url: Annotated[str, typer.Option(help="A running kvindex service to look at, too.")] = "",
+    engine: Annotated[str, typer.Option(help="The engine's HTTP address, to tell idle from switched off.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,  # noqa: FBT002
+) -> None:
+    """Find out why scores are empty or wrong. Exit status: 0 all is well, 1 something is not, 2 usage."""
+    from kvindex.doctor.run import run_doctor
+
+    raise typer.Exit(
+        run_doctor(
+            endpoints,
+            replays=replay,
+            topic=topic,
+            model=model,
+            block_size=block_size,
+            pods=pod,
+            seeds=hash_seed,
+            seconds=seconds,
+            url=url,
+            engine=engine,
+            as_json=json,
+        )
+    )
 
 
 @app.command(epilog="Example: kvindex score --model demo/model 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16")

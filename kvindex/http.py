@@ -13,7 +13,9 @@ from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_500_IN
 
 from indexer import Index, IndexUnavailable
 from kvevents import EventPool
+from kvindex.checks import Checks
 from kvindex.metrics import Metrics
+from kvindex.stats import Stats
 from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
 
 
@@ -70,10 +72,19 @@ class Problem(msgspec.Struct):
 
 
 def create_app(
-    scorer: PrefixScorer, index: Index, pool: EventPool, *, max_tokens: int, max_body_bytes: int
+    scorer: PrefixScorer,
+    index: Index,
+    pool: EventPool,
+    *,
+    max_tokens: int,
+    max_body_bytes: int,
+    checks: Checks | None = None,
 ) -> Litestar:
-    """Make the application: `/v1/score`, `/v1/pods`, `/healthz`, `/readyz`, `/metrics`, OpenAPI at `/schema`."""
-    metrics = Metrics(index, pool)
+    """Make the application: `/v1/score`, `/v1/pods`, `/v1/stats`, `/healthz`, `/readyz`, `/metrics`, and OpenAPI at
+    `/schema`.
+    """
+    checks = checks or Checks(index, pool)
+    metrics = Metrics(index, pool, checks)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
@@ -83,6 +94,7 @@ def create_app(
                 status_code=HTTP_400_BAD_REQUEST,
                 detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
             )
+        checks.asked.note(data.model, data.pods)
         start = time.perf_counter()
         try:
             matches = await scorer.amatch(
@@ -126,6 +138,11 @@ def create_app(
             ]
         )
 
+    @get("/v1/stats")
+    async def stats() -> Stats:
+        """Give all that the service knows of itself: index, pool, pods, what is asked for."""
+        return await asyncio.to_thread(checks.stats)
+
     @delete("/v1/pods/{pod:str}")
     async def forget(pod: FromPath[str]) -> None:
         """Stop following a pod and forget its blocks."""
@@ -151,7 +168,7 @@ def create_app(
         return await asyncio.to_thread(metrics.text)
 
     return Litestar(
-        [score, pods, forget, healthz, readyz, metrics_text],
+        [score, pods, stats, forget, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
         exception_handlers={
             HTTPException: _problem,

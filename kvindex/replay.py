@@ -2,8 +2,9 @@
 
 import gzip
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +16,7 @@ from rich.progress import track
 from indexer import Copies, Index, open_index
 from kvevents import EventPool, Message
 from kvindex.errors import UserError
+from kvindex.playing import paced
 from scorer import PrefixScorer
 
 _T = TypeVar("_T")
@@ -50,8 +52,13 @@ def run_replay(
     copies: Copies = "count",
     pod: str | None = None,
     model: str | None = None,
+    speed: float = math.inf,
+    publish: Callable[[Sequence[tuple[dict[str, Any], Message]]], int] | None = None,
 ) -> int:
     """Play a capture (JSON lines, also gzipped) into an index and print what it left.
+
+    `speed` is how many times as fast as it was, infinity as fast as can be. With `publish` the messages go there in the
+    place of an index.
 
     With `check`, ask the queries in the capture and compare with the engine's answers; the exit status is 1 where they
     differ. `pod` and `model` hold for messages whose topics do not say. Raises `UserError` for what is no capture.
@@ -67,14 +74,17 @@ def run_replay(
         raise UserError(f"{file}: holds no queries to check against; replay it without --check")
     if check and not meta:
         raise UserError(f"{file}: no line of kind meta says how the pod was set up; replay it without --check")
+    if publish is not None:
+        return publish([(line, _message(line, pod)) for line in messages])
     setup = _typed(meta, _Setup) if check else None
     asked = [_typed(line, _Query) for line in queries] if check else []
     index = open_index()
     console = Console(file=sys.stderr)
-    shown = track(messages, "replaying", console=console, disable=not console.is_terminal)
+    due = paced([(line, _message(line, pod)) for line in messages], speed)
+    shown = track(due, "replaying", total=len(messages), console=console, disable=not console.is_terminal)
     with EventPool(index, model=model or meta.get("model", "unknown"), copies=copies) as pool:
-        for line in shown:
-            pool.submit(_message(line, pod))
+        for message in shown:
+            pool.submit(message)
         pool.drain(600.0)
         stats = pool.stats()
     _report(file, len(messages), index, stats)
@@ -110,7 +120,9 @@ def _message(line: dict[str, Any], pod: str | None) -> Message:
         seq = int(line["seq"])
         if not 0 <= seq < 2**64:
             raise ValueError(f"seq: expected 0 to 2**64-1, got {seq}")  # noqa: TRY301
-        return Message(topic, seq, payload, pod=pod or (None if topic else "pod-0"))
+        endpoint = str(line.get("endpoint", ""))
+        name = pod or line.get("pod") or (None if topic else endpoint or "pod-0")
+        return Message(topic, seq, payload, pod=None if name is None else str(name))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{line['file']}, line {line['line']}: no message with topic, seq and payload in hex: {error!r}"

@@ -10,6 +10,7 @@ import uvicorn
 
 from indexer import Leases, Limits, open_index
 from kvevents import EventPool, KVEventsError
+from kvindex.checks import Checks
 from kvindex.config import Config, PodConfig
 from kvindex.errors import UserError
 from kvindex.http import create_app
@@ -46,8 +47,18 @@ def run_serve(config: Config) -> int:
             except KVEventsError as error:
                 raise UserError(str(error)) from error
         scorer = PrefixScorer(index, config.scorer.block_size, tier_weights=config.scorer.tier_weights)
+        # a scorer follows nobody, so that nothing is to be said of how it follows
+        without_replay = [pod.pod for pod in config.pods if pod.replay is None] if follows else []
+        checks = Checks(index, pool, without_replay=without_replay)
+        running.callback(checks.close)
+        checks.start()
         app = create_app(
-            scorer, index, pool, max_tokens=config.http.max_tokens, max_body_bytes=config.http.max_body_bytes
+            scorer,
+            index,
+            pool,
+            max_tokens=config.http.max_tokens,
+            max_body_bytes=config.http.max_body_bytes,
+            checks=checks,
         )
         host, port = listener.getsockname()[:2]
         pods = len(config.pods) if follows else 0

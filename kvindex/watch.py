@@ -3,50 +3,35 @@
 import time
 from collections import Counter
 
-import zmq
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from kvevents import BlockRemoved, BlockStored, DecodeError, decode_batch
-from kvindex.errors import UserError
+from kvevents import BlockRemoved, BlockStored, DecodeError, Heard, Listener, decode_batch
 
 
 def run_watch(endpoints: list[str], *, topic: str = "", seconds: float = 0.0) -> int:
-    """Subscribe to publishers and show what they say, for `seconds` (0: until interrupted)."""
+    """Subscribe to publishers and show what they say, for `seconds` (0: until interrupted).
+
+    Raises `SubscriptionError` for an endpoint that cannot be used.
+    """
     console = Console()
     counts = {endpoint: Counter[str]() for endpoint in endpoints}
     last: dict[str, int] = {}
-    with zmq.Context() as context:
-        poller = zmq.Poller()
-        names: dict[zmq.Socket[bytes], str] = {}
-        for endpoint in endpoints:
-            socket = context.socket(zmq.SUB)
-            socket.linger = 0
-            try:
-                socket.connect(endpoint)
-            except zmq.ZMQError as error:
-                context.destroy(0)
-                raise UserError(
-                    f"endpoint {endpoint!r}: {error.strerror}; expected like tcp://10.0.0.7:5557"
-                ) from error
-            socket.subscribe(topic)
-            poller.register(socket, zmq.POLLIN)
-            names[socket] = endpoint
-        start = time.monotonic()
-        try:
-            with Live(console=console, refresh_per_second=4, auto_refresh=False) as live:
-                while not seconds or time.monotonic() - start < seconds:
-                    for socket, _ in poller.poll(250):
-                        line = _take(socket.recv_multipart(), counts[names[socket]], last, names[socket])
-                        if not console.is_terminal:
-                            print(f"{names[socket]} {line}", flush=True)
-                    if console.is_terminal:
-                        live.update(_table(counts, last, time.monotonic() - start), refresh=True)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            context.destroy(0)
+    start = time.monotonic()
+    try:
+        with Listener(list(counts), topic=topic) as listener, Live(console=console, auto_refresh=False) as live:
+            while not seconds or time.monotonic() - start < seconds:
+                for what in listener.receive(0.25):
+                    if not isinstance(what, Heard):
+                        continue
+                    line = _take(what.frames, counts[what.endpoint], last, what.endpoint)
+                    if not console.is_terminal:
+                        print(f"{what.endpoint} {line}", flush=True)
+                if console.is_terminal:
+                    live.update(_table(counts, last, time.monotonic() - start), refresh=True)
+    except KeyboardInterrupt:
+        pass
     if not console.is_terminal:
         Console(width=120).print(_table(counts, last, time.monotonic() - start))
     return 0

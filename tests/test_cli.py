@@ -24,7 +24,7 @@ def run(*arguments, **more):
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "fleet", "replay", "watch", "score", "serve"])
+@pytest.mark.parametrize("command", ["demo", "fleet", "record", "replay", "watch", "doctor", "score", "serve"])
 def test_help_has_an_example(command):
     answer = run(command, "--help")
     assert answer.returncode == 0

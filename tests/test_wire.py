@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from indexer import AllBlocksCleared, BlockRemoved, BlockStored
 from kvevents import DecodeError, decode_batch, parse_topic
+from kvevents.wire import batch_time
 
 from .conftest import payload
 
@@ -201,3 +202,21 @@ def test_any_bytes_are_decoded_or_refused(body):
 )
 def test_topics(topic, pod, model):
     assert parse_topic(topic) == (pod, model)
+
+
+@pytest.mark.parametrize(
+    ("batch", "ts"),
+    [
+        ([12.5, [], 0], 12.5),
+        ([12.5, []], 12.5),
+        ([1_763_932_000_500, [], 0], None),  # milliseconds as an int: decoding tells
+        ([float("nan"), [], 0], None),
+        ({"ts": 12.5, "events": []}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_the_time_of_a_batch_is_read_without_decoding_it(batch, ts):
+    assert batch_time(msgspec.msgpack.encode(batch)) == ts
+    assert batch_time(memoryview(msgspec.msgpack.encode(batch))) == ts
+    assert batch_time(msgspec.msgpack.encode(batch)[:9]) is None

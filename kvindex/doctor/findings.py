@@ -1,0 +1,46 @@
+"""What a check says."""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+Level: TypeAlias = Literal["ok", "warn", "bad"]
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at."""
+
+    check: str
+    """Its name, one of few: for scripts and metrics."""
+    level: Level
+    what: str
+    """What was seen."""
+    cause: str = ""
+    """Why that is, as far as it can be told; "" where all is well."""
+    remedy: str = ""
+    """What to do about it."""
+
+
+def ok(check: str, what: str) -> Finding:
+    """Say that all is well."""
+    return Finding(check, "ok", what)
+
+
+def one_of_same_name(name: str, others: "list[str] | set[str]") -> str | None:
+    """Give another spelling of a model's name: the last part of a path, in any case."""
+    short = name.rstrip("/").rpartition("/")[2].lower()
+    return next((other for other in sorted(others) if other.rstrip("/").rpartition("/")[2].lower() == short), None)
+
+
+def misspelt_pod(asked: str, known: "list[str] | set[str]") -> str | None:
+    """Give the name that is known where only one of the two has a port, ``10.0.0.7`` for ``10.0.0.7:8000``."""
+    host = _without_port(asked)
+    return next((name for name in sorted(known) if name != asked and _without_port(name) == host), None)
+
+
+def _without_port(name: str) -> str:
+    head, colon, tail = name.rpartition(":")
+    # an IPv6 address has colons of its own: there a port follows a bracket
+    if colon and tail.isdigit() and (":" not in head or head.endswith("]")):
+        return head.strip("[]")
+    return name.strip("[]")

@@ -1,0 +1,78 @@
+"""Looks at publishers and engines over the network, and leaves the judgement to others."""
+
+import re
+import time
+from collections.abc import Sequence
+
+import httpx
+import msgspec
+
+from kvevents import Listener, ask_replay
+from kvindex.doctor.judgement import EngineSeen
+from kvindex.doctor.observation import Observation
+
+_REPLAY_S = 3.0
+_HTTP_S = 5.0
+_MOST_BYTES = 16 * 1024 * 1024
+_CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+def observe(endpoints: Sequence[str], replays: Sequence[str], seconds: float) -> list[Observation]:
+    """Listen to all publishers at once, to all topics, then ask each for its replay.
+
+    `replays` belong to the endpoints in order; there may be fewer. Raises `SubscriptionError` for an endpoint that
+    cannot be used.
+    """
+    seen = {endpoint: Observation(endpoint, seconds) for endpoint in endpoints}
+    until = time.monotonic() + seconds
+    with Listener(list(seen)) as listener:
+        while (left := until - time.monotonic()) > 0:
+            for what in listener.receive(min(left, 0.25)):
+                seen[what.endpoint].take(what)
+    for endpoint, replay in zip(endpoints, replays, strict=False):
+        seen[endpoint].take_replay(replay, ask_replay(replay, timeout=_REPLAY_S))
+    return list(seen.values())
+
+
+def ask_engine(url: str) -> EngineSeen:
+    """Ask an engine for the names it serves under and for its cache's settings. What it does not say stays unknown."""
+    base = url.rstrip("/")
+    models: list[str] = []
+    caching, size, is_reached = None, None, False
+    try:
+        answer = _get(f"{base}/v1/models")
+        is_reached = True
+        models = [model.id for model in msgspec.json.decode(answer, type=_Models).data]
+    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError, UnicodeDecodeError):
+        pass  # another server than vLLM's: then it is up and says nothing
+    try:
+        info = _CACHE_INFO.search(_get(f"{base}/metrics").decode(errors="replace"))
+        is_reached = True
+        labels = dict(_LABEL.findall(info[1])) if info else {}
+        if "enable_prefix_caching" in labels:
+            caching = labels["enable_prefix_caching"] == "True"
+        if labels.get("block_size", "").isdigit():
+            size = int(labels["block_size"])
+    except (httpx.HTTPError, httpx.InvalidURL):
+        pass
+    return EngineSeen(url, is_reached, models, caching, size)
+
+
+def _get(url: str) -> bytes:
+    """Read an answer, up to a bound. Raises `httpx.HTTPError`."""
+    body = bytearray()
+    with httpx.stream("GET", url, timeout=_HTTP_S) as response:
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > _MOST_BYTES:
+                break
+    return bytes(body)

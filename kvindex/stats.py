@@ -1,0 +1,120 @@
+"""All that a service knows of itself at one moment: what `GET /v1/stats` gives, and what its own checks judge."""
+
+import threading
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from indexer import Index
+from kvevents import EventPool
+
+_MOST_NAMES = 256
+
+
+class PodStats(msgspec.Struct, frozen=True):
+    """One rank of a pod."""
+
+    pod: str
+    rank: int
+    model: str
+    blocks: int
+    tiers: dict[str, int]
+    block_sizes: list[int]
+    trust: str
+    reason: str
+    connected: bool | None
+    last_seq: int | None
+    messages: int
+    """Applied since the service started."""
+    gaps: int
+    """How often messages were missing for good."""
+    lag_s: float | None
+    """From the engine's time of the last message to ours when it was applied; clocks that differ are in it."""
+    silent_s: float | None
+    """Seconds since the last message was applied; None where none was."""
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """A service at one moment."""
+
+    at: float
+    """When, in seconds since the epoch."""
+    index: dict[str, int]
+    pool: dict[str, int]
+    pods: list[PodStats]
+    not_connected: list[str] = []
+    """Subscribed pods whose publisher cannot be reached."""
+    without_replay: list[str] = []
+    """Configured pods that have no replay endpoint."""
+    asked_models: list[str] = []
+    """Models that questions were for lately."""
+    asked_pods: list[str] = []
+    """Pods that questions named lately."""
+
+
+class Asked:
+    """The names that questions were for lately: at most 256 of either kind, those asked for first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._models: dict[str, None] = {}
+        self._pods: dict[str, None] = {}
+
+    def note(self, model: str, pods: Iterable[str] | None) -> None:
+        """Remember what one question was for."""
+        if model in self._models and all(map(self._pods.__contains__, pods or ())):
+            return
+        with self._lock:
+            for known, names in ((self._models, (model,)), (self._pods, pods or ())):
+                for name in names:
+                    if len(known) < _MOST_NAMES:
+                        known.setdefault(name[:_MOST_NAMES])
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Give the models and the pods."""
+        with self._lock:
+            return list(self._models), list(self._pods)
+
+    def forget(self) -> None:
+        """Begin anew, so that a name nobody asks for any more is gone."""
+        with self._lock:
+            self._models, self._pods = {}, {}
+
+
+def collect(index: Index, pool: EventPool, asked: Asked, without_replay: list[str]) -> Stats:
+    """Look at a service. Raises `IndexUnavailable`."""
+    now = time.time()
+    connected, heard, sequences = pool.connected(), pool.heard(), pool.sequences()
+    models, pods = asked.names()
+    statuses = []
+    for status in index.sources():
+        last = heard.get(status.source)
+        statuses.append(
+            PodStats(
+                pod=status.source.pod,
+                rank=status.source.rank,
+                model=status.model,
+                blocks=status.blocks,
+                tiers=status.tiers,
+                block_sizes=status.block_sizes,
+                trust="degraded" if status.degraded else "exact",
+                reason=status.degraded,
+                connected=connected.get(status.source.pod),
+                last_seq=sequences.get(status.source, status.last_seq),
+                messages=last.messages if last else 0,
+                gaps=last.gaps if last else 0,
+                lag_s=last.at - last.ts if last and last.ts is not None else None,
+                silent_s=now - last.at if last and last.at else None,
+            )
+        )
+    return Stats(
+        at=now,
+        index=dict(index.stats()),
+        pool=pool.stats(),
+        pods=statuses,
+        not_connected=sorted(pod for pod, is_connected in connected.items() if not is_connected),
+        without_replay=without_replay,
+        asked_models=models,
+        asked_pods=pods,
+    )
