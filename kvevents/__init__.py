@@ -1,8 +1,9 @@
 """KV events from the wire to the index: decoders, subscribers, the worker pool."""
 
 from indexer import AllBlocksCleared, BlockRemoved, BlockStored
+from kvevents import discovery
 from kvevents.apply import OnGap
-from kvevents.errors import DecodeError, KVEventsError, PoolClosed, SubscriptionError
+from kvevents.errors import DecodeError, DiscoveryError, KVEventsError, PodTaken, PoolClosed, SubscriptionError
 from kvevents.message import Message, parse_topic
 from kvevents.pool import EventPool
 from kvevents.wire import Batch, decode_batch, decode_batches
@@ -13,13 +14,16 @@ __all__ = [
     "BlockRemoved",
     "BlockStored",
     "DecodeError",
+    "DiscoveryError",
     "EventPool",
     "KVEventsError",
     "Message",
     "OnGap",
+    "PodTaken",
     "PoolClosed",
     "SubscriptionError",
     "decode_batch",
     "decode_batches",
+    "discovery",
     "parse_topic",
 ]

@@ -88,3 +88,65 @@ class KubernetesDiscovery:
                     yield [found for found in map(self._found, pods.values()) if found is not None]
             except httpx2.ReadTimeout:
                 continue
+
+    def _found(self, pod: "Pod") -> Found | None:
+        """Give a pod as it is to be followed; None where it is not to be."""
+        follow, metadata, status = self._follow, pod.metadata, pod.status
+        if metadata is None or status is None or not metadata.name or not status.podIP:
+            return None
+        if metadata.deletionTimestamp is not None or status.phase != "Running":
+            return None
+        ready = any(one.type == "Ready" and one.status == "True" for one in status.conditions or ())
+        if follow.only_ready and not ready:
+            return None
+        model = (metadata.labels or {}).get(follow.model_label) or (metadata.annotations or {}).get(
+            follow.model_annotation
+        )
+        return Found(
+            name=metadata.name,
+            endpoints=follow.endpoints(status.podIP, model or ""),
+            uid=metadata.uid or "",
+            ip=status.podIP,
+            port=follow.service_port,
+            aliases=(f"{metadata.name}.{metadata.namespace}", f"{metadata.namespace}/{metadata.name}"),
+        )
+
+
+def _connect(quiet_s: float) -> "Client":
+    """Connect as the service account of this pod, or as the kubeconfig says."""
+    import httpx2
+    import lightkube
+
+    client = lightkube.Client(timeout=httpx2.Timeout(TIMEOUT_S))
+    bound_silence(client, quiet_s)
+    return client
+
+
+def bound_silence(client: "Client", quiet_s: float) -> None:
+    """Let a watch end when nothing came for so long; lightkube itself would wait for ever."""
+    client._client._watch_timeout.read = quiet_s
+
+
+def _selector(text: str) -> dict[str, None]:
+    # lightkube has operators for the parts of a selector; a label that must exist it sends as it is written
+    return {text: None}
+
+
+def _uid(pod: "Pod") -> str:
+    metadata = pod.metadata
+    return "" if metadata is None else metadata.uid or metadata.name or ""
+
+
+def _status(error: Exception) -> int | None:
+    """Give the HTTP status of an error, which in a watch is a line of its own instead of an answer."""
+    told = getattr(error, "status", None)
+    code = getattr(told, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
+
+
+def _why(error: Exception) -> str:
+    hint = {
+        401: "; is the service account's token mounted?",
+        403: "; its Role needs get, list and watch of pods, see deploy/kubernetes",
+    }.get(_status(error) or 0, "")
+    return f"{' '.join(str(error).split())}{hint}"

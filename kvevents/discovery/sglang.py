@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
-import httpx
 import msgspec
 from msgspec import Meta
 
@@ -70,6 +69,8 @@ class SglangDiscovery:
 
     def read(self) -> Found:
         """Ask once. Raises `DiscoveryError`."""
+        import httpx
+
         try:
             url = httpx.URL(self._base)
             info = msgspec.json.decode(self._get("/server_info") or self._get("/get_server_info"), type=_ServerInfo)
@@ -99,6 +100,8 @@ class SglangDiscovery:
 
     def _get(self, path: str) -> bytes:
         """Give what is there; nothing where the server knows no such path, as older ones do."""
+        import httpx
+
         with httpx.stream("GET", self._base + path, timeout=TIMEOUT_S) as answer:
             if answer.status_code == 404 and path == "/server_info":
                 return b""
