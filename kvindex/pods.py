@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from indexer import Leases
+from indexer import Index, Leases
 from kvevents import EventPool, KVEventsError, discovery
 from kvindex.config import Config, DiscoveryConfig
 from kvindex.errors import UserError
@@ -34,13 +34,7 @@ def follow(config: Config, pool: EventPool | None, running: contextlib.ExitStack
 
 
 def sources_of(found: DiscoveryConfig) -> list[discovery.Discovery]:
-    """Give all sources of pods that are configured. Raises `UserError` for ports that cannot be."""
-    for name, follows in (("dns", found.dns), ("kubernetes", found.kubernetes)):
-        for at, one in enumerate(follows):
-            try:
-                one.endpoints("192.0.2.1")
-            except KVEventsError as error:
-                raise UserError(f"discovery.{name}[{at}]: {error}") from error
+    """Give all sources of pods that are configured."""
     sources: list[discovery.Discovery] = []
     if found.file:
         sources.append(discovery.FileDiscovery(Path(found.file), interval_s=found.interval))
@@ -48,3 +42,15 @@ def sources_of(found: DiscoveryConfig) -> list[discovery.Discovery]:
     sources += [discovery.KubernetesDiscovery(one) for one in found.kubernetes]
     sources += [discovery.SglangDiscovery(one, interval_s=found.interval) for one in found.sglang]
     return sources
+
+
+def forget_pod(pod: str, followed: discovery.Follower, index: Index, pool: EventPool) -> bool:
+    """Stop following a pod, by any of its names, and forget its blocks; say whether there was one."""
+    names = followed.resolve([pod])
+    name = names[0] if len(names) == 1 else pod  # an address of several pods names none of them
+    if followed.drop(name):
+        return True
+    if all(status.source.pod != name for status in index.sources()):
+        return False
+    pool.unsubscribe(name)
+    return True

@@ -73,6 +73,9 @@ class Follow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     service_port: Port = 8000
     """The port of the pods' API, for the identity ``ip:port``."""
 
+    def __post_init__(self) -> None:
+        self.endpoints("192.0.2.1")  # any will do to see whether the ports can be
+
     def endpoints(self, host: str, model: str = "") -> tuple[Endpoint, ...]:
         """Give the endpoints of all ranks of a pod. Raises `SubscriptionError` for ranks that cannot be."""
         replay = tcp(host, self.replay_port) if self.replay_port is not None else None

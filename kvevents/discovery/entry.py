@@ -35,6 +35,9 @@ class PodBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     address: str = ""
     """Where its API is, ``10.0.0.7:8000``, if a router may ask for it by that."""
 
+    def __post_init__(self) -> None:
+        self.ends()
+
     def ends(self) -> tuple[Endpoint, ...]:
         """Give the endpoints of all ranks. Raises `SubscriptionError` where they do not make sense."""
         if (self.endpoint is None) == (not self.endpoints):

@@ -10,7 +10,11 @@ from kvevents.discovery.base import Follow, Found
 from kvevents.errors import DiscoveryError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
     from lightkube import Client
+    from lightkube.operators import Operator
     from lightkube.resources.core_v1 import Pod
 
 TIMEOUT_S = 10.0
@@ -72,14 +76,16 @@ class KubernetesDiscovery:
         import httpx2
         from lightkube.resources.core_v1 import Pod
 
-        asked = {"namespace": self._follow.namespace or None, "labels": _selector(self._follow.label_selector)}
-        listed = client.list(Pod, **asked)
+        namespace, labels = self._follow.namespace or client.namespace, _selector(self._follow.label_selector)
+        listed = client.list(Pod, namespace=namespace, labels=labels)
         pods = {_uid(pod): pod for pod in listed}
         version = listed.resourceVersion
         while not stop.is_set():
             yield [found for found in map(self._found, pods.values()) if found is not None]
             try:
-                for change, pod in client.watch(Pod, resource_version=version, **asked):
+                for change, pod in client.watch(
+                    Pod, namespace=namespace, labels=labels, resource_version=version
+                ):
                     version = (pod.metadata and pod.metadata.resourceVersion) or version
                     if change == "DELETED":
                         pods.pop(_uid(pod), None)
@@ -124,10 +130,11 @@ def _connect(quiet_s: float) -> "Client":
 
 def bound_silence(client: "Client", quiet_s: float) -> None:
     """Let a watch end when nothing came for so long; lightkube itself would wait for ever."""
+    # it has no option for it: a transport of our own would have to do the certificates too
     client._client._watch_timeout.read = quiet_s
 
 
-def _selector(text: str) -> dict[str, None]:
+def _selector(text: str) -> "dict[str, str | Operator[Any] | Iterable[Any] | None]":
     # lightkube has operators for the parts of a selector; a label that must exist it sends as it is written
     return {text: None}
 
