@@ -1,7 +1,7 @@
 """Pods of Kubernetes by their labels, through lightkube: listed once, then watched."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
@@ -43,10 +43,12 @@ class KubernetesDiscovery:
     connection that died without a word is not waited for.
     """
 
-    def __init__(self, follow: KubernetesFollow, *, quiet_s: float = 30.0, client: "Client | None" = None) -> None:
+    def __init__(
+        self, follow: KubernetesFollow, *, quiet_s: float = 30.0, connect: "Callable[[], Client] | None" = None
+    ) -> None:
         self._follow = follow
         self._quiet_s = quiet_s
-        self._client = client
+        self._connect = connect or _connect
 
     @property
     def label(self) -> str:
@@ -64,8 +66,10 @@ class KubernetesDiscovery:
                 f"{self.label}: needs a package that is not installed: pip install kv-cache-indexer[kubernetes]"
             ) from error
         try:
-            client = self._client = self._client or _connect(self._quiet_s)
-            yield from self._follow_changes(client, stop)
+            # each time anew: closing the client is what closes a stream that was left
+            with self._connect() as client:
+                _bound_silence(client, self._quiet_s)
+                yield from self._follow_changes(client, stop)
         except httpx2.HTTPStatusError as error:
             if _status(error) != 410:  # what it knows is too old to go on from: list anew, now
                 raise DiscoveryError(f"{self.label}: {_why(error)}") from error
@@ -118,17 +122,15 @@ class KubernetesDiscovery:
         )
 
 
-def _connect(quiet_s: float) -> "Client":
+def _connect() -> "Client":
     """Connect as the service account of this pod, or as the kubeconfig says."""
     import httpx2
     import lightkube
 
-    client = lightkube.Client(timeout=httpx2.Timeout(TIMEOUT_S))
-    bound_silence(client, quiet_s)
-    return client
+    return lightkube.Client(timeout=httpx2.Timeout(TIMEOUT_S))
 
 
-def bound_silence(client: "Client", quiet_s: float) -> None:
+def _bound_silence(client: "Client", quiet_s: float) -> None:
     """Let a watch end when nothing came for so long; lightkube itself would wait for ever."""
     # it has no option for it: a transport of our own would have to do the certificates too
     client._client._watch_timeout.read = quiet_s
