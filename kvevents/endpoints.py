@@ -9,10 +9,12 @@ _TCP = re.compile(r"(?P<host>tcp://.*):(?P<port>[0-9]+)")
 
 
 def check_endpoint(endpoint: str, *, bind: bool = False) -> None:
-    """Refuse a port that there is not: libzmq takes 70000 for 4464 and says nothing.
+    """Refuse what is no endpoint, and a port that there is not: libzmq takes 70000 for 4464 and says nothing.
 
     Raises `SubscriptionError`.
     """
+    if not endpoint.startswith(("tcp://", "ipc://", "inproc://")) or any(one.isspace() for one in endpoint):
+        raise SubscriptionError(f"endpoint {endpoint!r}: expected something like 'tcp://10.0.0.7:5557'")
     found = _TCP.fullmatch(endpoint)
     lowest = 0 if bind else 1
     if found and not lowest <= int(found["port"][:20]) <= MAX_PORT:

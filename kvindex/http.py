@@ -173,7 +173,7 @@ def create_app(
     async def readyz() -> Response[dict[str, Any]]:
         """Say whether the index answers, all sources of pods did and every subscribed pod is connected."""
         await asyncio.to_thread(index.sources)
-        if waiting := followed.waiting():
+        if waiting := await asyncio.to_thread(followed.waiting):
             return Response({"status": "not ready", "not_answered": waiting}, status_code=503)
         missing = sorted(pod for pod, connected in pool.connected().items() if not connected)
         if missing:

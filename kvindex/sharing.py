@@ -21,6 +21,7 @@ class SharedPods:
         self._leases = leases
         self._wanted: Mapping[str, discovery.Found] = {}
         self._mine: set[str] = set()
+        self._said: list[str] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvindex-leases", daemon=True)
@@ -49,9 +50,12 @@ class SharedPods:
         while not self._stop.wait(self._leases.ttl_s / 3):
             with self._lock:
                 try:
-                    self._renew()
+                    errors = [str(error) for error in self._renew().values()]
                 except KVEventsError as error:
-                    self._log.error("not_subscribed", error=str(error))
+                    errors = [str(error)]
+                if errors and errors != self._said:
+                    self._log.error("not_subscribed", errors=errors)
+                self._said = errors
 
     def _shared(self) -> list[str]:
         return sorted(name for name, found in self._wanted.items() if found.shared)

@@ -153,7 +153,9 @@ class KubernetesApi:
             self._stream(request, int(asked.get("resourceVersion", "0")))
         else:
             with self._changed:
-                items = [{k: v for k, v in pod.items() if k not in ("kind", "apiVersion")} for pod in self._pods.values()]
+                items = [
+                    {k: v for k, v in pod.items() if k not in ("kind", "apiVersion")} for pod in self._pods.values()
+                ]
                 version = {"resourceVersion": str(self._version)}
             self._send(request, 200, {"kind": "PodList", "apiVersion": "v1", "metadata": version, "items": items})
 

@@ -29,11 +29,11 @@ def follow(api):
     """Follows the pods of the API; what it gives is a `Followed`."""
     followers = []
 
-    def begin(*, quiet_s=30.0, identity="name", **more):
+    def begin(*, quiet_s=0.3, identity="name", **more):
         settings = KubernetesFollow(label_selector="app=vllm,tier in (gold)", replay_port=5600, **more)
         target = Followed()
         source = KubernetesDiscovery(settings, quiet_s=quiet_s, connect=api.client)
-        follower = Follower(target, [source], identity=identity, retry_s=0.01)
+        follower = Follower(target, [source], identity=identity, retry_s=0.01, retry_max_s=0.01)
         followers.append(follower)
         follower.start()
         target.follower = follower

@@ -1,6 +1,7 @@
 """Keeps the followed pods those that the sources of pods say there are."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -13,7 +14,7 @@ from kvevents.errors import DiscoveryError, PodTaken, SubscriptionError
 
 RETRY_S = 0.5
 RETRY_MAX_S = 30.0
-_JOIN_S = 2.0
+_JOIN_S = 1.0
 
 
 class Target(Protocol):
@@ -29,7 +30,7 @@ class Follower:
     A source that cannot be asked keeps what it said last: an outage never removes a pod. `fixed` are pods that are
     always there. Where two name the same pod, one that was registered goes first, then the fixed, then the sources in
     their order. `target` is None where pods are only to be known by all their names. `retry_s` is the first wait
-    after an error; it doubles up to `RETRY_MAX_S`.
+    after an error; it doubles up to `retry_max_s`.
 
     All methods may be called from any thread. `put` and `drop` work also before `start`.
     """
@@ -42,11 +43,13 @@ class Follower:
         fixed: Iterable[Found] = (),
         identity: Identity = "name",
         retry_s: float = RETRY_S,
+        retry_max_s: float = RETRY_MAX_S,
     ) -> None:
         self._target = target
         self._sources = list(sources)
         self._identity: Identity = identity
         self._retry_s = retry_s
+        self._retry_max_s = retry_max_s
         self._log = structlog.get_logger("kvevents")
         self._lock = threading.RLock()
         self._fixed = list(fixed)
@@ -75,16 +78,17 @@ class Follower:
     def close(self) -> None:
         """Stop asking. The pods stay followed; who closes the pool ends that. May be called twice."""
         self._stop.set()
+        until = time.monotonic() + _JOIN_S
         for thread in self._threads:
             if thread.ident is not None:
-                # one may wait for a server that does not answer: it has nothing more to say
-                thread.join(_JOIN_S)
+                # one may wait for a server that has nothing to say: nor has it, and it ends with the process
+                thread.join(max(0.0, until - time.monotonic()))
 
     def put(self, pod: str, found: Found) -> bool:
         """Follow a pod that was registered by name; say whether it is new.
 
         Raises `PodTaken` when there is a pod of that name already which was not registered, `SubscriptionError` when
-        it cannot be followed: then all is as it was.
+        it cannot be followed: then it is as it was, but for what a replaced one held.
         """
         with self._lock:
             if self._target is None:
@@ -158,7 +162,7 @@ class Follower:
                 failures += 1
                 self._note_error(number, error)
             # also after an end without an error: a source that has nothing to wait for must not spin
-            self._stop.wait(min(RETRY_MAX_S, self._retry_s * 2 ** min(failures, 16)))
+            self._stop.wait(min(self._retry_max_s, self._retry_s * 2 ** min(failures, 16)))
 
     def _take(self, number: int, pods: Sequence[Found]) -> None:
         with self._lock:

@@ -87,9 +87,7 @@ class KubernetesDiscovery:
         while not stop.is_set():
             yield [found for found in map(self._found, pods.values()) if found is not None]
             try:
-                for change, pod in client.watch(
-                    Pod, namespace=namespace, labels=labels, resource_version=version
-                ):
+                for change, pod in client.watch(Pod, namespace=namespace, labels=labels, resource_version=version):
                     version = (pod.metadata and pod.metadata.resourceVersion) or version
                     if change == "DELETED":
                         pods.pop(_uid(pod), None)
