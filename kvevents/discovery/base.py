@@ -44,6 +44,10 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     shared: bool = True
     """Whether other builders of the index find it too, so that it is divided among them."""
 
+    def ends(self) -> list[str]:
+        """Give where its ranks publish."""
+        return [one.endpoint for one in self.endpoints]
+
 
 class Discovery(Protocol):
     """A source of pods."""

@@ -59,6 +59,7 @@ class Follower:
         self._set_aside: dict[str, Found] = {}
         self._wanted: dict[str, Found] = {}
         self._failed: dict[str, str] = {}
+        self._conflicts: set[str] = set()
         self._counters: Counter[str] = Counter()
         self._aliases = Aliases({})
         self._stop = threading.Event()
@@ -139,11 +140,12 @@ class Follower:
     def stats(self) -> dict[str, int]:
         """Give all counters and gauges. Names that end in ``_total`` are counters."""
         with self._lock:
-            names = ("added_total", "removed_total", "replaced_total", "errors_total", "conflicts_total")
+            names = ("added_total", "removed_total", "replaced_total", "errors_total")
             gauges = {
                 "pods": len(self._wanted),
                 "pods_failed": len(self._failed),
                 "pods_set_aside": len(self._set_aside),
+                "conflicts": len(self._conflicts),
                 "sources": len(self._sources),
                 "sources_unavailable": len(self._down),
             }
@@ -166,11 +168,13 @@ class Follower:
 
     def _take(self, number: int, pods: Sequence[Found]) -> None:
         with self._lock:
-            self._seen[number] = pods
+            unchanged = self._seen[number] is not None and list(self._seen[number] or ()) == list(pods)
+            self._seen[number] = list(pods)
             if number in self._down:
                 self._down.discard(number)
                 self._log.info("discovery_back", source=self._sources[number].label, pods=len(pods))
-            self._update()
+            if not unchanged or self._failed:
+                self._update()
 
     def _note_error(self, number: int, error: Exception) -> None:
         with self._lock:
@@ -202,22 +206,19 @@ class Follower:
     def _union(self) -> dict[str, Found]:
         wanted = dict(self._registered)
         found_now: dict[str, Found] = {}
+        conflicts: set[str] = set()
         for pods in [self._fixed, *(seen for seen in self._seen if seen is not None)]:
             for found in pods:
                 name = identity_of(found, self._identity)
                 first = found_now.setdefault(name, found)
                 if first is not found and first != found:
-                    self._note_conflict(name, first, found)
+                    conflicts.add(name)
+                    if name not in self._conflicts:
+                        self._log.warning("two_pods_of_one_name", pod=name, follows=first.ends(), ignores=found.ends())
+        self._conflicts = conflicts
         # a pod that was set aside comes back as another one only
         self._set_aside = {name: found for name, found in self._set_aside.items() if found_now.get(name) == found}
         for name, found in found_now.items():
             if name not in self._set_aside:
                 wanted.setdefault(name, found)
         return wanted
-
-    def _note_conflict(self, name: str, first: Found, second: Found) -> None:
-        self._counters["conflicts_total"] += 1
-        count = self._counters["conflicts_total"]
-        if count & (count - 1) == 0:  # the sources say it again and again
-            ends = [[one.endpoint for one in found.endpoints] for found in (first, second)]
-            self._log.warning("two_pods_of_one_name", pod=name, follows=ends[0], ignores=ends[1], times=count)

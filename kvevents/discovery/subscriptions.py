@@ -42,7 +42,7 @@ class Subscriptions:
                 continue
             self._followed[name] = found
             event = "pod_found" if before is None else "pod_replaced"
-            self._log.info(event, pod=name, endpoints=[one.endpoint for one in found.endpoints], uid=found.uid)
+            self._log.info(event, pod=name, endpoints=found.ends(), uid=found.uid)
         return failed
 
     def _subscribe(self, name: str, found: Found) -> None:
