@@ -14,6 +14,8 @@ import yaml
 
 from indexer import IndexUnavailable, InvalidQuestion, Leases, Prompt, RedisIndex, Source
 from kvevents import EventPool, discovery
+from kvevents.testing import Publisher
+from kvevents.testing import stored as stored_on_the_wire
 from kvindex.errors import UserError
 from kvindex.fleet import Fleet
 from kvindex.serve import run_serve
@@ -116,6 +118,32 @@ def test_pods_that_come_and_go_are_divided(server):
         assert shares[0].update({name: found(name) for name in sorted(names)}) == {}
         server.thaw()
         until(lambda: are_divided(names))
+
+
+def test_what_a_pod_holds_goes_with_it_to_another_builder(server):
+    with contextlib.ExitStack() as stack:
+        publishers = {name: stack.enter_context(Publisher("tcp://127.0.0.1:0")) for name in ("a", "b")}
+        wanted = {name: found(name, publisher.endpoint) for name, publisher in publishers.items()}
+        pools = []
+
+        def builder():
+            pools.append(
+                stack.enter_context(EventPool(stack.enter_context(contextlib.closing(RedisIndex(server.url)))))
+            )
+            share = SharedPods(discovery.Subscriptions(pools[-1]), Leases(server.url, ttl_s=0.3))
+            share.update(wanted)
+            share.start()
+            stack.callback(share.close)
+
+        builder()
+        for publisher in publishers.values():
+            publisher.wait_for_subscribers()
+            publisher.publish([stored_on_the_wire("vllm-map", [1], None, list(range(4)), 4)])
+        reader = stack.enter_context(contextlib.closing(RedisIndex(server.url)))
+        until(lambda: held(reader, range(4)) == {"a": 4, "b": 4})
+        builder()
+        until(lambda: sorted(len(pool.connected()) for pool in pools) == [1, 1])
+        assert held(reader, range(4)) == {"a": 4, "b": 4}
 
 
 def test_leases_need_a_redis_that_answers(server):
