@@ -152,7 +152,11 @@ def create_app(
         if not await asyncio.to_thread(forget_pod, pod, followed, index, pool):
             raise HTTPException(status_code=HTTP_404_NOT_FOUND, detail=f"pod {pod!r}: nobody follows it")
 
-    @put("/v1/pods/{pod:str}", responses={HTTP_201_CREATED: ResponseSpec(None, description="It was not known before")})
+    @put(
+        "/v1/pods/{pod:str}",
+        status_code=HTTP_204_NO_CONTENT,
+        responses={HTTP_201_CREATED: ResponseSpec(None, description="It was not known before")},
+    )
     async def register(pod: FromPath[str], data: JSONBody[discovery.PodBody]) -> Response[None]:
         """Follow a pod, or follow it otherwise than before."""
         try:
