@@ -185,7 +185,15 @@ local me, ttl = ARGV[1], tonumber(ARGV[2])
 redis.call('ZADD', KEYS[1], now + ttl, me)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 local target = math.ceil((#ARGV - 2) / redis.call('ZCARD', KEYS[1]))
-local mine, free = {}, {}
+local mine, free, asked = {}, {}, {}
+for at = 3, #ARGV do asked[ARGV[at]] = true end
+local leases = redis.call('HGETALL', KEYS[2])
+for at = 1, #leases, 2 do
+  local owner, ends = string.match(leases[at + 1], '^(%S+) (%d+)$')
+  if not owner or (owner == me and not asked[leases[at]]) or (owner ~= me and tonumber(ends) <= now) then
+    redis.call('HDEL', KEYS[2], leases[at])
+  end
+end
 for at = 3, #ARGV do
   local lease = redis.call('HGET', KEYS[2], ARGV[at])
   local owner, ends = string.match(lease or '', '^(%S+) (%d+)$')
@@ -197,7 +205,10 @@ while #mine < target and #free > 0 do mine[#mine + 1] = table.remove(free, 1) en
 for _, pod in ipairs(mine) do redis.call('HSET', KEYS[2], pod, string.format('%s %d', me, now + ttl)) end
 return mine
 """
-"""Divides pods among the builders that called lately: gives those that are the caller's for so many milliseconds."""
+"""Divides pods among the builders that called lately: gives those that are the caller's for so many milliseconds.
+
+Leases of pods that are no more go too: what has run out, and the caller's own that it does not ask for.
+"""
 
 QUIT = """
 redis.call('ZREM', KEYS[1], ARGV[1])

@@ -1,9 +1,10 @@
 """KV events from the wire to the index: decoders, subscribers, the worker pool."""
 
 from indexer import AllBlocksCleared, BlockRemoved, BlockStored
+from kvevents import discovery
 from kvevents.apply import OnGap
 from kvevents.engine_hash import HashFindings, recognise_hashes
-from kvevents.errors import DecodeError, KVEventsError, PoolClosed, SubscriptionError
+from kvevents.errors import DecodeError, DiscoveryError, KVEventsError, PodTaken, PoolClosed, SubscriptionError
 from kvevents.listening import Heard, LinkChange, Listener, ReplayAnswer, ask_replay
 from kvevents.message import Message, parse_topic
 from kvevents.pool import EventPool
@@ -16,6 +17,7 @@ __all__ = [
     "BlockRemoved",
     "BlockStored",
     "DecodeError",
+    "DiscoveryError",
     "EventPool",
     "HashFindings",
     "Heard",
@@ -24,6 +26,7 @@ __all__ = [
     "Listener",
     "Message",
     "OnGap",
+    "PodTaken",
     "PoolClosed",
     "Recorder",
     "RecordingError",
@@ -32,6 +35,7 @@ __all__ = [
     "ask_replay",
     "decode_batch",
     "decode_batches",
+    "discovery",
     "parse_topic",
     "pods_of",
     "recognise_hashes",

@@ -11,6 +11,7 @@ import structlog
 
 from indexer import Copies, Index, Source
 from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
+from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
@@ -157,6 +158,9 @@ class EventPool:
         """
         if not pod:
             raise SubscriptionError("pod: expected the name that the router uses, got ''")
+        check_endpoint(endpoint)
+        if replay is not None:
+            check_endpoint(replay)
         with self._lock:
             endpoints = self._subscribed.setdefault(pod, set())
             if endpoint in endpoints:
@@ -191,6 +195,7 @@ class EventPool:
 
         The topics, `kv@<pod>@<model>`, say who is who. Raises `SubscriptionError` when the endpoint cannot be bound.
         """
+        check_endpoint(endpoint, bind=True)
         return self._open().add(Subscription(endpoint, topic=topic, model=model, bind=True))
 
     def unsubscribe(self, pod: str, *, keep: bool = False) -> None:

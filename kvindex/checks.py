@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from indexer import Index, IndexerError
-from kvevents import EventPool
+from kvevents import EventPool, discovery
 from kvindex.doctor.findings import Finding
 from kvindex.doctor.fleet import CHECKS, judge_service
 from kvindex.stats import Asked, Stats, collect
@@ -21,14 +21,14 @@ _FORGET_EVERY = 60
 class Checks(Collector):
     """Looks at an index and a pool every `EVERY_S` seconds, once started. Also a collector of ``kvindex_check``.
 
-    What counts is counted since the look before. `without_replay` names configured pods that have no replay endpoint.
+    What counts is counted since the look before. `followed` are the pods that this process follows, if any.
     """
 
-    def __init__(self, index: Index, pool: EventPool, *, without_replay: list[str] | None = None) -> None:
+    def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower | None = None) -> None:
         self.asked = Asked()
         self._index = index
         self._pool = pool
-        self._without_replay = without_replay or []
+        self._followed = followed
         self._log = structlog.get_logger("kvindex")
         self._before: Stats | None = None
         self._troubles: dict[str, Finding] = {}
@@ -48,7 +48,8 @@ class Checks(Collector):
 
     def stats(self) -> Stats:
         """Give all there is to know now. Raises `IndexUnavailable`."""
-        return collect(self._index, self._pool, self.asked, self._without_replay)
+        pods = self._followed.pods() if self._followed is not None else {}
+        return collect(self._index, self._pool, self.asked, pods)
 
     def look(self) -> list[Finding]:
         """Judge once, and log what changed; give what is wrong. Raises `IndexUnavailable`."""

@@ -14,11 +14,12 @@ import yaml
 from msgspec import Meta
 
 from indexer import Copies
-from kvevents import OnGap
+from kvevents import OnGap, discovery
 from kvindex.errors import ConfigError
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
 _LISTS = {"pods", "bind"}
+_JSON = {"tier_weights", "dns", "kubernetes", "sglang"}
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,23 +49,26 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The same for pods that connect to a bound endpoint, after their last message."""
 
 
-class PodConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pod, or one rank of it, to connect to."""
-
-    pod: Annotated[str, Meta(min_length=1)]
-    endpoint: Annotated[str, Meta(min_length=1)]
-    replay: str | None = None
-    model: str = ""
-    topic: str = ""
-    copies: Copies | None = None
-
-
 class BindConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An endpoint that pods connect to."""
 
     endpoint: Annotated[str, Meta(min_length=1)]
     topic: str = ""
     model: str = ""
+
+
+class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where further pods come from, and what all of them are called."""
+
+    identity: discovery.Identity = "name"
+    """What answers call pods that were found by address: ``name``, ``ip`` or ``ip:port``."""
+    interval: Annotated[float, Meta(ge=0.05, le=3600)] = 5.0
+    """Seconds between two looks at a file, a DNS name or an SGLang server."""
+    file: str = ""
+    """A file with a list of pods, as ``[[pods]]`` has them."""
+    dns: list[discovery.DnsFollow] = []
+    kubernetes: list[discovery.KubernetesFollow] = []
+    sglang: list[discovery.SglangFollow] = []
 
 
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,8 +99,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     index: IndexConfig = IndexConfig()
     pool: PoolConfig = PoolConfig()
-    pods: list[PodConfig] = []
+    pods: list[discovery.PodEntry] = []
     bind: list[BindConfig] = []
+    discovery: DiscoveryConfig = DiscoveryConfig()
     scorer: ScorerConfig = ScorerConfig()
     http: HttpConfig = HttpConfig()
     log: LogConfig = LogConfig()
@@ -140,7 +145,7 @@ def _overlay(raw: dict[str, Any], name: str, text: str) -> None:
     known = {field.name for field in msgspec.structs.fields(kind)} if kind is not None else set()
     if key not in known:
         raise ConfigError(f"{name}: no such key; known are {', '.join(_variables())}")
-    value = _json(name, text) if key == "tier_weights" else text
+    value = _json(name, text) if key in _JSON else text
     target = raw.setdefault(section, {})
     if not isinstance(target, dict):
         raise ConfigError(f"{section}: expected a section, got {type(target).__name__}")

@@ -5,16 +5,26 @@ import time
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, delete, get, post
+from litestar import Litestar, Request, Response, delete, get, post, put
 from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
-from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_500_INTERNAL_SERVER_ERROR
+from litestar.status_codes import (
+    HTTP_200_OK,
+    HTTP_201_CREATED,
+    HTTP_204_NO_CONTENT,
+    HTTP_400_BAD_REQUEST,
+    HTTP_404_NOT_FOUND,
+    HTTP_409_CONFLICT,
+    HTTP_500_INTERNAL_SERVER_ERROR,
+)
 
 from indexer import Index, IndexUnavailable
-from kvevents import EventPool
+from kvevents import EventPool, PodTaken, SubscriptionError, discovery
 from kvindex.checks import Checks
 from kvindex.metrics import Metrics
+from kvindex.pods import forget_pod
 from kvindex.stats import Stats
 from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
 
@@ -75,6 +85,7 @@ def create_app(
     scorer: PrefixScorer,
     index: Index,
     pool: EventPool,
+    follower: discovery.Follower | None = None,
     *,
     max_tokens: int,
     max_body_bytes: int,
@@ -82,9 +93,12 @@ def create_app(
 ) -> Litestar:
     """Make the application: `/v1/score`, `/v1/pods`, `/v1/stats`, `/healthz`, `/readyz`, `/metrics`, and OpenAPI at
     `/schema`.
+
+    Without a `follower` all pods are those of requests and of endpoints that the pool has bound.
     """
-    checks = checks or Checks(index, pool)
-    metrics = Metrics(index, pool, checks)
+    followed = follower or discovery.Follower(discovery.Subscriptions(pool))
+    checks = checks or Checks(index, pool, followed)
+    metrics = Metrics(index, pool, followed, checks)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
@@ -100,7 +114,7 @@ def create_app(
             matches = await scorer.amatch(
                 data.token_ids,
                 model=data.model,
-                pods=data.pods,
+                pods=None if data.pods is None else followed.resolve(data.pods),
                 lora_name=data.lora_name,
                 cache_salt=data.cache_salt,
                 mm_items=data.mm_items,
@@ -146,7 +160,24 @@ def create_app(
     @delete("/v1/pods/{pod:str}")
     async def forget(pod: FromPath[str]) -> None:
         """Stop following a pod and forget its blocks."""
-        pool.unsubscribe(pod)
+        if not await asyncio.to_thread(forget_pod, pod, followed, index, pool):
+            raise HTTPException(status_code=HTTP_404_NOT_FOUND, detail=f"pod {pod!r}: nobody follows it")
+
+    @put(
+        "/v1/pods/{pod:str}",
+        status_code=HTTP_204_NO_CONTENT,
+        responses={HTTP_201_CREATED: ResponseSpec(None, description="It was not known before")},
+    )
+    async def register(pod: FromPath[str], data: JSONBody[discovery.PodBody]) -> Response[None]:
+        """Follow a pod, or follow it otherwise than before."""
+        try:
+            found = discovery.found_of(pod, [data], shared=False)
+            is_new = await asyncio.to_thread(followed.put, pod, found)
+        except PodTaken as error:
+            raise HTTPException(status_code=HTTP_409_CONFLICT, detail=str(error)) from error
+        except SubscriptionError as error:
+            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
+        return Response(None, status_code=HTTP_201_CREATED if is_new else HTTP_204_NO_CONTENT)
 
     @get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -155,8 +186,10 @@ def create_app(
 
     @get("/readyz")
     async def readyz() -> Response[dict[str, Any]]:
-        """Say whether the index answers and every subscribed pod is connected."""
+        """Say whether the index answers, all sources of pods did and every subscribed pod is connected."""
         await asyncio.to_thread(index.sources)
+        if waiting := await asyncio.to_thread(followed.waiting):
+            return Response({"status": "not ready", "not_answered": waiting}, status_code=503)
         missing = sorted(pod for pod, connected in pool.connected().items() if not connected)
         if missing:
             return Response({"status": "not ready", "not_connected": missing}, status_code=503)
@@ -168,7 +201,7 @@ def create_app(
         return await asyncio.to_thread(metrics.text)
 
     return Litestar(
-        [score, pods, stats, forget, healthz, readyz, metrics_text],
+        [score, pods, stats, register, forget, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
         exception_handlers={
             HTTPException: _problem,

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from indexer import Index, IndexUnavailable, SourceStatus
-from kvevents import EventPool
+from kvevents import EventPool, discovery
 
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
@@ -19,9 +19,9 @@ _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5
 class Metrics:
     """All metrics of one service."""
 
-    def __init__(self, index: Index, pool: EventPool, *more: Collector) -> None:
+    def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower, *more: Collector) -> None:
         self._registry = CollectorRegistry()
-        for collector in (_Stats(index, pool), *more):
+        for collector in (_Stats(index, pool, followed), *more):
             self._registry.register(collector)
         self._lookups = Counter("kvcache_index_lookup_requests_total", "Questions answered", registry=self._registry)
         self._latency = Histogram(
@@ -39,13 +39,14 @@ class Metrics:
 
 
 class _Stats(Collector):
-    def __init__(self, index: Index, pool: EventPool) -> None:
+    def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower) -> None:
         self._index = index
         self._pool = pool
+        self._followed = followed
 
     def collect(self) -> Iterator[Metric]:
         dropped = CounterMetricFamily("kvindex_dropped", "Messages and events dropped", labels=["reason"])
-        for part, stats in (("index", self._index.stats()), ("pool", self._pool.stats())):
+        for part, stats in self._parts():
             for name, value in sorted(stats.items()):
                 plain = name.removesuffix("_total")
                 if name.startswith("dropped_"):
@@ -70,3 +71,10 @@ class _Stats(Collector):
             degraded.add_metric([*labels, status.degraded.partition(":")[0]], bool(status.degraded))
         yield blocks
         yield degraded
+
+    def _parts(self) -> list[tuple[str, dict[str, int]]]:
+        return [
+            ("index", self._index.stats()),
+            ("pool", self._pool.stats()),
+            ("discovery", self._followed.stats()),
+        ]

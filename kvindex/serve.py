@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
-from indexer import Leases, Limits, open_index
+from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
 from kvindex.checks import Checks
-from kvindex.config import Config, PodConfig
+from kvindex.config import Config
 from kvindex.errors import UserError
 from kvindex.http import create_app
-from kvindex.sharing import SharedPods
+from kvindex.pods import follow
 from scorer import PrefixScorer
 
 
@@ -43,46 +43,31 @@ def run_serve(config: Config) -> int:
             try:
                 for bound in config.bind:
                     pool.bind(bound.endpoint, topic=bound.topic, model=bound.model)
-                _follow(config, pool, running)
             except KVEventsError as error:
                 raise UserError(str(error)) from error
+        follower = follow(config, pool if follows else None, running)
         scorer = PrefixScorer(index, config.scorer.block_size, tier_weights=config.scorer.tier_weights)
         # a scorer follows nobody, so that nothing is to be said of how it follows
-        without_replay = [pod.pod for pod in config.pods if pod.replay is None] if follows else []
-        checks = Checks(index, pool, without_replay=without_replay)
+        checks = Checks(index, pool, follower if follows else None)
         running.callback(checks.close)
         checks.start()
         app = create_app(
             scorer,
             index,
             pool,
+            follower,
             max_tokens=config.http.max_tokens,
             max_body_bytes=config.http.max_body_bytes,
             checks=checks,
         )
         host, port = listener.getsockname()[:2]
-        pods = len(config.pods) if follows else 0
+        pods = len(follower.pods()) if follows else 0
         log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
         server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         server.run(sockets=[listener])
         log.info("stopped")
     index.close()
     return 0
-
-
-def _follow(config: Config, pool: EventPool, running: contextlib.ExitStack) -> None:
-    """Subscribe the pods; where others build the same index too, a share of them."""
-
-    def subscribe(pod: PodConfig) -> None:
-        pool.subscribe(pod.pod, pod.endpoint, replay=pod.replay, model=pod.model, topic=pod.topic, copies=pod.copies)
-
-    if config.index.url.startswith("memory:"):
-        for pod in config.pods:
-            subscribe(pod)
-    elif config.pods:
-        shared = SharedPods(pool, Leases(config.index.url), config.pods, subscribe)
-        shared.start()
-        running.callback(shared.close)
 
 
 class _Server(uvicorn.Server):

@@ -2,12 +2,12 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from indexer import Index
-from kvevents import EventPool
+from kvevents import EventPool, discovery
 
 _MOST_NAMES = 256
 
@@ -46,7 +46,7 @@ class Stats(msgspec.Struct, frozen=True):
     not_connected: list[str] = []
     """Subscribed pods whose publisher cannot be reached."""
     without_replay: list[str] = []
-    """Configured pods that have no replay endpoint."""
+    """Followed pods that have no replay endpoint."""
     asked_models: list[str] = []
     """Models that questions were for lately."""
     asked_pods: list[str] = []
@@ -82,8 +82,8 @@ class Asked:
             self._models, self._pods = {}, {}
 
 
-def collect(index: Index, pool: EventPool, asked: Asked, without_replay: list[str]) -> Stats:
-    """Look at a service. Raises `IndexUnavailable`."""
+def collect(index: Index, pool: EventPool, asked: Asked, followed: Mapping[str, discovery.Found]) -> Stats:
+    """Look at a service that follows these pods. Raises `IndexUnavailable`."""
     now = time.time()
     connected, heard, sequences = pool.connected(), pool.heard(), pool.sequences()
     models, pods = asked.names()
@@ -114,7 +114,7 @@ def collect(index: Index, pool: EventPool, asked: Asked, without_replay: list[st
         pool=pool.stats(),
         pods=statuses,
         not_connected=sorted(pod for pod, is_connected in connected.items() if not is_connected),
-        without_replay=without_replay,
+        without_replay=sorted(pod for pod, found in followed.items() if not all(one.replay for one in found.endpoints)),
         asked_models=models,
         asked_pods=pods,
     )

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,36 @@ from .redis_server import BINARY, RedisServer
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("*.jsonl"))
 MODEL = "test/model"
 POD = Source("pod-a")
+
+
+def until(true, seconds=30.0):
+    """Wait until something is true; give what it said."""
+    deadline = time.monotonic() + seconds
+    while not (answer := true()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+    return answer
+
+
+class Followed:
+    """In the place of a pool: keeps what is wanted, and every change of it."""
+
+    def __init__(self):
+        self.pods = {}
+        self.log = []
+        self.refuse = {}
+
+    def update(self, wanted):
+        for name in self.pods.keys() - wanted.keys():
+            self.log.append((name, f"-{self.pods[name].uid}"))
+        for name, found in wanted.items():
+            if self.pods.get(name) != found:
+                self.log.append((name, f"+{found.uid}"))
+        self.pods = dict(wanted)
+        return {name: error for name, error in self.refuse.items() if name in wanted}
+
+    def changes(self, name):
+        return [change for pod, change in self.log if pod == name]
 
 
 def read_capture(path: Path) -> list[dict]:

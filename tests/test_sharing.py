@@ -13,9 +13,13 @@ import pytest
 import yaml
 
 from indexer import IndexUnavailable, InvalidQuestion, Leases, Prompt, RedisIndex, Source
+from kvevents import EventPool, discovery
+from kvevents.testing import Publisher
+from kvevents.testing import stored as stored_on_the_wire
 from kvindex.errors import UserError
 from kvindex.fleet import Fleet
 from kvindex.serve import run_serve
+from kvindex.sharing import SharedPods
 
 from .conftest import MODEL, NEEDS_REDIS, removed, stored
 from .redis_server import RedisServer
@@ -63,6 +67,83 @@ def test_a_builder_that_is_not_heard_of_loses_its_share(server):
     assert gone.share(PODS) == PODS
     assert until(lambda: len(share := other.share(PODS)) == 7 and share) == PODS
     assert gone.share(PODS) == []
+
+
+def test_leases_of_pods_that_are_no_more_go_too(server):
+    one, other = Leases(server.url, ttl_s=30), Leases(server.url, ttl_s=0.05)
+    assert one.share(PODS[:3]) == PODS[:3]
+    assert one.share(PODS[2:5]) == PODS[2:5]
+    assert server.client.hkeys("kvindex:{leases}pods") == [pod.encode() for pod in PODS[2:5]]
+    until(lambda: other.share(["gone"]) == ["gone"])
+    until(lambda: one.share(PODS[4:5]) and server.client.hkeys("kvindex:{leases}pods") == [PODS[4].encode()])
+    one.close()
+    other.close()
+
+
+def found(name, endpoint="tcp://127.0.0.1:1", **more):
+    return discovery.Found(name=name, endpoints=(discovery.Endpoint(endpoint, model=MODEL),), **more)
+
+
+def test_pods_that_come_and_go_are_divided(server):
+    with contextlib.ExitStack() as stack:
+        pools, shares = [], []
+        for _ in range(2):
+            index = stack.enter_context(contextlib.closing(RedisIndex(server.url)))
+            pools.append(stack.enter_context(EventPool(index)))
+            shares.append(SharedPods(discovery.Subscriptions(pools[-1]), Leases(server.url, ttl_s=0.3)))
+            shares[-1].start()
+            stack.callback(shares[-1].close)
+
+        def followed():
+            return [set(pool.connected()) for pool in pools]
+
+        def are_divided(names):
+            one, other = followed()
+            return one | other == names and not one & other and abs(len(one) - len(other)) <= 1
+
+        names = {f"pod-{number}" for number in range(6)}
+        for share in shares:
+            share.update({name: found(name) for name in sorted(names)})
+        until(lambda: are_divided(names))
+        names = names - {"pod-0", "pod-1"} | {"new"}
+        for share in shares:
+            share.update({name: found(name) for name in sorted(names)})
+        until(lambda: are_divided(names))
+        assert {status.source.pod for status in pools[0]._index.sources()} == names
+        # one that only the first was told of is its own, and the shares of the others stay
+        shares[0].update({name: found(name) for name in names} | {"told": found("told", shared=False)})
+        assert "told" in pools[0].connected()
+        until(lambda: followed()[0] - {"told"} | followed()[1] == names)
+        server.freeze()
+        assert shares[0].update({name: found(name) for name in sorted(names)}) == {}
+        server.thaw()
+        until(lambda: are_divided(names))
+
+
+def test_what_a_pod_holds_goes_with_it_to_another_builder(server):
+    with contextlib.ExitStack() as stack:
+        publishers = {name: stack.enter_context(Publisher("tcp://127.0.0.1:0")) for name in ("a", "b")}
+        wanted = {name: found(name, publisher.endpoint) for name, publisher in publishers.items()}
+        pools = []
+
+        def builder():
+            pools.append(
+                stack.enter_context(EventPool(stack.enter_context(contextlib.closing(RedisIndex(server.url)))))
+            )
+            share = SharedPods(discovery.Subscriptions(pools[-1]), Leases(server.url, ttl_s=0.3))
+            share.update(wanted)
+            share.start()
+            stack.callback(share.close)
+
+        builder()
+        for publisher in publishers.values():
+            publisher.wait_for_subscribers()
+            publisher.publish([stored_on_the_wire("vllm-map", [1], None, list(range(4)), 4)])
+        reader = stack.enter_context(contextlib.closing(RedisIndex(server.url)))
+        until(lambda: held(reader, range(4)) == {"a": 4, "b": 4})
+        builder()
+        until(lambda: sorted(len(pool.connected()) for pool in pools) == [1, 1])
+        assert held(reader, range(4)) == {"a": 4, "b": 4}
 
 
 def test_leases_need_a_redis_that_answers(server):
