@@ -165,8 +165,8 @@ class Index(Protocol):
     """Which source holds which blocks.
 
     Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `recount`, `expire`, `forget` and
-    `release`; one caller at a time per source, any number for different sources. Every other method may be called from any thread
-    at any time; answers are snapshots in which the holders of each block are whole.
+    `release`; one caller at a time per source, any number for different sources. Every other method may be called from
+    any thread at any time; answers are snapshots in which the holders of each block are whole.
     """
 
     def register(

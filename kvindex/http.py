@@ -13,6 +13,7 @@ from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_500_IN
 
 from indexer import Index, IndexUnavailable
 from kvevents import EventPool
+from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
 
@@ -72,8 +73,11 @@ class Problem(msgspec.Struct):
 def create_app(
     scorer: PrefixScorer, index: Index, pool: EventPool, *, max_tokens: int, max_body_bytes: int
 ) -> Litestar:
-    """Make the application: `/v1/score`, `/v1/pods`, `/healthz`, `/readyz`, `/metrics`, OpenAPI at `/schema`."""
-    metrics = Metrics(index, pool)
+    """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/healthz`, `/readyz`, `/metrics`,
+    OpenAPI at `/schema`.
+    """
+    metrics = Metrics(index, pool, FeedbackMetrics(scorer))
+    feedback = feedback_routes(scorer, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
@@ -151,7 +155,7 @@ def create_app(
         return await asyncio.to_thread(metrics.text)
 
     return Litestar(
-        [score, pods, forget, healthz, readyz, metrics_text],
+        [score, *feedback, pods, forget, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
         exception_handlers={
             HTTPException: _problem,

@@ -19,9 +19,10 @@ _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5
 class Metrics:
     """All metrics of one service."""
 
-    def __init__(self, index: Index, pool: EventPool) -> None:
+    def __init__(self, index: Index, pool: EventPool, *more: Collector) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Stats(index, pool))
+        for collector in (_Stats(index, pool), *more):
+            self._registry.register(collector)
         self._lookups = Counter("kvcache_index_lookup_requests_total", "Questions answered", registry=self._registry)
         self._latency = Histogram(
             "kvcache_index_lookup_latency_seconds", "Time to answer one", buckets=_BUCKETS, registry=self._registry

@@ -45,7 +45,13 @@ def run_serve(config: Config) -> int:
                 _follow(config, pool, running)
             except KVEventsError as error:
                 raise UserError(str(error)) from error
-        scorer = PrefixScorer(index, config.scorer.block_size, tier_weights=config.scorer.tier_weights)
+        scorer = PrefixScorer(
+            index,
+            config.scorer.block_size,
+            tier_weights=config.scorer.tier_weights,
+            routed_ttl_s=config.scorer.routed_ttl_s,
+            heal=pool.recount if config.scorer.observe_heal else None,
+        )
         app = create_app(
             scorer, index, pool, max_tokens=config.http.max_tokens, max_body_bytes=config.http.max_body_bytes
         )

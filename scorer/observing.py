@@ -95,12 +95,10 @@ class _Known:
         self.errors = [0] * (len(ERROR_BOUNDS) + 1)
         self.error_sum = 0
         self.test = DriftTest()
-        self.heals = False
-        """It was called drifting once: from then on each of its errors is put right."""
+        self.was_marked = False
         self.owed: Sequence[int] = ()
         """What was healed last. The event of the run itself may have come after, so it is done once more."""
         self.reason = ""
-        self.incarnation: int | None = None
 
 
 Route: TypeAlias = tuple[str, int | None, int | None, int]
@@ -118,6 +116,7 @@ class Observer:
         self._lock = threading.Lock()
         self._known: OrderedDict[Source, _Known] = OrderedDict()
         self._routes: OrderedDict[Route, tuple[float, Prediction]] = OrderedDict()
+        self._incarnations: Mapping[Source, int] = {}
         self.unknown = 0
         """Observations of pods that the index does not know."""
 
@@ -160,30 +159,31 @@ class Observer:
                 known.error_sum += abs(error)
             if outcome in _EVIDENCE and known.test.add(miss=outcome in STALE):
                 known.reason = _reason_of(known) if known.test.drifting else ""
-                known.heals = known.heals or known.test.drifting
-            drifting, heals, owed = known.test.drifting, known.heals, known.owed
+                known.was_marked = known.was_marked or known.test.drifting
+            drifting, was_marked, owed = known.test.drifting, known.was_marked, known.owed
             known.owed = ()
-        if self._heal is not None and heals:
+        if self._heal is not None and comparable:
             if owed:
                 self._heal(source, owed)
-            known.owed = self._put_right(
-                self._heal, source, outcome, keys, cached_tokens // size, prediction.tokens // size
-            )
+            reused = cached_tokens // size
+            if outcome == "overstated":
+                known.owed = self._lose(self._heal, source, keys[reused:])
+            else:
+                if outcome == "understated" and was_marked and self._heal(source, ()):
+                    self.held.add(source, keys[prediction.tokens // size : reused])
+                self.held.refresh(source, keys[:reused])
         return Observation(*source, prediction.tokens, cached_tokens, error, outcome, drifting)
 
-    def _put_right(
-        self, heal: Heal, source: Source, seen: Outcome, keys: Sequence[int], reused: int, predicted: int
-    ) -> Sequence[int]:
-        """Correct what one request has proved wrong; give the blocks that have to be corrected once more."""
-        if seen == "overstated":
-            # the look-up ended at the first block that was missing, and the run computed it and all after it anew
-            lost = keys[reused:]
-            self.held.discard(source, lost)
-            return lost if heal(source, lost) else ()
-        if seen == "understated" and heal(source, ()):
-            self.held.add(source, keys[predicted:reused])
-        self.held.refresh(source, keys[:reused])
-        return ()
+    def _lose(self, heal: Heal, source: Source, lost: Sequence[int]) -> Sequence[int]:
+        """Take what was counted before the run of blocks that the run computed anew; give what may be left of it.
+
+        An engine's look-up ends at the first block that is missing, and what comes after is computed and stored anew.
+        Events come in order: once the new copies are counted, so is every removal that was not lost, and a healthy
+        pod has no more than one left. So this waits for no mark. The event of the run may still be on its way; then
+        there is nothing to take yet, and it is tried once more with the next observation.
+        """
+        self.held.discard(source, lost)
+        return lost if heal(source, lost) else ()
 
     def tallies(self) -> list[Tally]:
         """Give all that was observed, by source."""
@@ -202,14 +202,15 @@ class Observer:
     def follow(self, incarnations: Mapping[Source, int]) -> None:
         """Forget the sources that are not followed any more, and what those had that began anew since."""
         with self._lock:
-            for source in [source for source in self._known if source not in incarnations]:
-                del self._known[source]
+            before, self._incarnations = self._incarnations, incarnations
+            for source, known in list(self._known.items()):
+                if source not in incarnations:
+                    del self._known[source]
+                elif before.get(source) == incarnations[source]:
+                    continue
+                elif source in before:
+                    known.owed, known.reason, known.was_marked, known.test = (), "", False, DriftTest()
                 self.held.forget(source)
-            for source, known in self._known.items():
-                if known.incarnation not in (None, incarnations[source]):
-                    known.owed, known.reason, known.heals, known.test = (), "", False, DriftTest()
-                    self.held.forget(source)
-                known.incarnation = incarnations[source]
 
 
 def _judge(prediction: Prediction, cached_tokens: int, error: int, size: int) -> Outcome:

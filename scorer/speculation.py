@@ -40,6 +40,8 @@ class Overlay:
 
     def add(self, source: Source, keys: Sequence[int]) -> None:
         """Note blocks of a source; those that are there already live on for a whole `ttl_s`."""
+        if not keys:
+            return
         now = self._clock()
         with self._lock:
             mine = self._until.setdefault(source, OrderedDict())
