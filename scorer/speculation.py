@@ -67,9 +67,10 @@ class Overlay:
 
     def refresh(self, source: Source, keys: Sequence[int]) -> None:
         """Let the blocks of a source that are there live on for a whole `ttl_s`."""
+        now = self._clock()
         with self._lock:
             mine = self._until.get(source)
-            there = [] if mine is None else [key for key in keys if key in mine]
+            there = [] if mine is None else [key for key in keys if mine.get(key, 0.0) > now]
         if there:
             self.add(source, there)
 
