@@ -222,6 +222,30 @@ def test_a_healthy_pod_is_never_marked_nor_changed():
     assert not any(test.add(miss=rng.random() < 0.02) for _ in range(5_000))
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_late_events_mark_nobody_and_heal_breaks_nothing(seed):
+    index = open_index()
+    scorer = PrefixScorer(index, heal=EventPool(index).recount)
+    pod = DriftingPod(index, "a", Losses(), num_blocks=350, seed=seed)
+    prompts, late, marks = conversations(seed, count=20, blocks=20), [], 0
+    for number in range(300):
+        prompt = next(prompts)
+        scorer.routed("a", prompt, model=MODEL)
+        ran = pod.engine.run(prompt)
+        marks += scorer.observe("a", prompt, model=MODEL, cached_tokens=ran.cached_tokens).drifting
+        late.append(ran.events)
+        if number % 10:  # mostly they come just after the answer, at times after the next one
+            for events in late:
+                pod.hear(events)
+            late.clear()
+    for events in late:
+        pod.hear(events)
+    assert marks == 0
+    for prompt in [next(prompts) for _ in range(50)]:
+        (match,) = scorer.match(prompt, model=MODEL)
+        assert match.blocks == pod.engine.hit_blocks(prompt)
+
+
 def test_what_an_engine_evidently_has_is_added_until_it_is_evidently_lost():
     index = pods(A)
     index.apply(A, [stored([1], range(4))])
