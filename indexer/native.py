@@ -58,6 +58,12 @@ class NativeIndex:
         """Say why answers about a source may be wrong, see `Index.degrade`."""
         _require(source, found=self._index.degrade(source, reason))
 
+    def recount(self, source: Source, keys: Collection[int]) -> bool:
+        """Count one copy of each of these blocks, see `Index.recount`."""
+        done = self._index.recount(source, list(keys))
+        _require(source, found=done is not None)
+        return bool(done)
+
     def expire(self) -> None:
         """Drop blocks that outlived their time, see `Index.expire`."""
         self._index.expire()

@@ -4,12 +4,13 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
 import structlog
 
-from indexer import Copies, Index, Source
+from indexer import Copies, Index, InvalidQuestion, Source
 from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
@@ -212,6 +213,17 @@ class EventPool:
         self._queues[number].discard(pod)
         with self._locks[number]:
             self._appliers[number].forget(pod, keep=keep)
+
+    def recount(self, source: Source, keys: Collection[int]) -> bool:
+        """Count one copy of each of these blocks of a source, between its events, see `Index.recount`.
+
+        Says no where the index cannot do it, or somebody else follows the source.
+        """
+        with self._locks[self._shard(source.pod)]:
+            try:
+                return self._index.recount(source, keys)
+            except InvalidQuestion:
+                return False
 
     def submit(self, message: Message) -> None:
         """Take a message as if it had come from a socket; waits while the queue is full.

@@ -428,6 +428,16 @@ impl Index {
         Ok(())
     }
 
+    /// Counts one copy of each of these blocks, where more were counted; says no where cache groups decide.
+    pub fn recount(&self, name: &Name, keys: &[u64]) -> Result<bool, Refusal> {
+        let tracked = self.require(name)?;
+        let mut ledger = tracked.ledger.lock();
+        if ledger.gone {
+            return Err(Refusal::NotRegistered);
+        }
+        Ok(ledger.recount(&keys.iter().copied().collect(), &self.here(None)))
+    }
+
     /// Drops blocks that outlived `silent_tier_ttl_s`.
     pub fn expire(&self) {
         let ttl = Duration::try_from_secs_f64(self.limits.silent_tier_ttl_s).unwrap_or(Duration::MAX);

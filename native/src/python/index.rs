@@ -101,6 +101,12 @@ impl Index {
         Ok(source.py().detach(|| self.index.degrade(&name, reason)).is_ok())
     }
 
+    /// Counts one copy of each of these blocks; None where the source is not followed, no where it has cache groups.
+    fn recount(&self, source: &Bound<'_, PyTuple>, keys: Vec<u64>) -> PyResult<Option<bool>> {
+        let name = name_of(source)?;
+        Ok(source.py().detach(|| self.index.recount(&name, &keys)).ok())
+    }
+
     fn expire(&self, py: Python<'_>) {
         py.detach(|| self.index.expire());
     }
