@@ -11,7 +11,7 @@ CARGO := cargo --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python test-rust fuzz lint lint-rust types check check-install bench wheel lock clean
+.PHONY: help setup demo test test-python coverage test-rust fuzz lint lint-rust types check check-install bench wheel lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test: $(READY) ## run the tests
 test-python: $(READY) ## run them as if there were no compiled core
 	KVINDEX_IMPL=python $(BIN)/python -m pytest --ignore-glob='*/test_redis*' -k 'not redis_server and not redis_cluster' $(ARGS)
 
+coverage: $(READY) ## see that the tests of replay and restarts take every branch of its decisions
+	$(BIN)/coverage run --data-file=build/.coverage --branch --include=kvevents/recovery.py -m pytest -q tests/test_recovery.py
+	$(BIN)/coverage report --data-file=build/.coverage --show-missing --fail-under=100
+
 test-rust: ## run the core's own tests
 	$(CARGO) test --locked --manifest-path native/Cargo.toml
 
@@ -67,6 +71,7 @@ check: $(READY) ## lint, types and tests of every implementation: what CI runs
 	@if $(BIN)/python -c 'import indexer._native' 2>/dev/null; then \
 	  $(MAKE) --no-print-directory lint-rust && $(MAKE) --no-print-directory test-rust; \
 	else echo "The core is not built: its own checks are left out"; fi
+	@$(MAKE) --no-print-directory coverage
 	@$(MAKE) --no-print-directory test-python
 	@$(MAKE) --no-print-directory test
 

@@ -4,7 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from indexer._impl import Prompt, block_keys, implementation
-from indexer.base import Copies, Decoded, Holding, Index, Limits, Run, Source, SourceStatus, Undecodable, tier_of
+from indexer.base import (
+    UNREACHABLE,
+    Copies,
+    Decoded,
+    Holding,
+    Index,
+    Limits,
+    Run,
+    Source,
+    SourceStatus,
+    Undecodable,
+    tier_of,
+)
 from indexer.errors import IndexerError, IndexUnavailable, InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.keys import ImageItem, TokenIds
@@ -17,6 +29,7 @@ if TYPE_CHECKING:
     from indexer.redis_reader import AsyncRedisReader
 
 __all__ = [
+    "UNREACHABLE",
     "AllBlocksCleared",
     "AsyncRedisReader",
     "BlockRemoved",

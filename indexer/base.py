@@ -33,6 +33,10 @@ def tier_of(medium: str) -> Tier:
     return _TIER_OF_MEDIUM.get(medium.lower(), "shared")
 
 
+UNREACHABLE = "unreachable"
+"""What the reason begins with why a source is degraded that nobody has heard of for long: it is not scored."""
+
+
 class Source(NamedTuple):
     """One cache: a data-parallel rank of a pod."""
 
@@ -62,7 +66,8 @@ class Holding(msgspec.Struct, frozen=True, gc=False):
     runs: tuple[Run, ...]
     """The `tokens` in order, by where they lie."""
     degraded: str
-    """Why this answer may be wrong, "" when it is exact."""
+    """Why this answer may be wrong, "" when it is exact. Where it begins with `UNREACHABLE`, nothing is said to be
+    held."""
 
 
 class SourceStatus(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from indexer.base import Holding, Run, Source
+from indexer.base import UNREACHABLE, Holding, Run, Source
 from indexer.groups import GroupBlocks, GroupSpec, longest_prefix
 from indexer.keys import BlockKey
 from indexer.ledger import Slot
@@ -102,8 +102,10 @@ def usual_block_size(caches: Sequence[Cache]) -> int | None:
 class Scan(NamedTuple):
     """The holders along a prompt's blocks of one size."""
 
+    absent: int
+    """The bits of single-slot chains that do not hold even the first block."""
     ends: dict[int, int]
-    """For a bit of a single-slot chain: how many leading blocks it holds, where that is fewer than `scanned`."""
+    """For any other bit of one: how many leading blocks it holds, where that is fewer than `scanned`."""
     changes: list[tuple[int, int]]
     """(first block, holders) for each stretch of blocks with the same holders."""
     scanned: int
@@ -143,12 +145,45 @@ def _group(spec: GroupSpec, slots: list[Slot]) -> Group:
     return Group(spec, tuple(slots), mask)
 
 
+class Wanted(NamedTuple):
+    """What is looked for among the blocks of one size."""
+
+    singles: int
+    """The bits of all single-slot chains."""
+    needed: tuple[int, ...]
+    """For each other chain the bits of a group that must hold every block from the start."""
+    relevant: int
+    """The bits of all groups of other chains."""
+    to_the_end: bool
+    """A chain has no such group: all blocks have to be looked at."""
+
+    @classmethod
+    def of(cls, chains: Sequence[Chain], size: int) -> "Wanted":
+        """Say what some chains look for among the blocks of a size."""
+        singles = relevant = 0
+        needed: list[int] = []
+        to_the_end = False
+        for chain in chains:
+            if chain.single_slot:
+                singles |= chain.groups[0].mask
+                continue
+            here = [group for group in chain.groups if group.spec.block_size == size]
+            for group in here:
+                relevant |= group.mask
+            whole = [group.mask for group in here if group.spec.tail is None]
+            needed += whole[:1]
+            to_the_end = to_the_end or not whole
+        return cls(singles, tuple(needed), relevant, to_the_end)
+
+
 class Plan(NamedTuple):
     """What has to be looked up for some readers; worth keeping as long as they are the same."""
 
     readers: Sequence[Reader]
     chains: list[list[Chain]]
-    by_size: dict[int, list[Chain]]
+    masks: list[int]
+    """For each reader the bit of its slot, where it has but one single-slot chain; else 0."""
+    by_size: dict[int, Wanted]
 
     @classmethod
     def of(cls, readers: Sequence[Reader], size: int | None = None) -> "Plan":
@@ -159,7 +194,8 @@ class Plan(NamedTuple):
             for chain in mine:
                 for number in chain.sizes:
                     by_size.setdefault(number, []).append(chain)
-        return cls(readers, chains, by_size)
+        masks = [mine[0].groups[0].mask if len(mine) == 1 and mine[0].single_slot else 0 for mine in chains]
+        return cls(readers, chains, masks, {number: Wanted.of(some, number) for number, some in by_size.items()})
 
     def narrowed(self, pods: Collection[str] | None, size: int | None) -> "Plan":
         """Plan the same question about some pods, or some chains, only."""
@@ -170,9 +206,15 @@ class Plan(NamedTuple):
 
 
 def answer(
-    plan: Plan, prompt: Prompt, *, bare: bool, chunks: Chunks, read: Callable[[Any], int] | None = None
+    plan: Plan,
+    prompt: Prompt,
+    *,
+    bare: bool,
+    chunks: Chunks,
+    holders_only: bool = False,
+    read: Callable[[Any], int] | None = None,
 ) -> LookUps:
-    """Say what each reader's source holds of a prompt.
+    """Say what each reader's source holds of a prompt; with `holders_only`, of those only that hold something.
 
     `bare` also looks under keys that name images without their place. `read` gives the holders where what is sent is no
     number yet; it is called only where that changes.
@@ -181,13 +223,22 @@ def answer(
     if bare and prompt.images:
         extra = yield from _lookup(plan, prompt, chunks, read, bare=True)
         found = [max(pair, key=lambda held: held[0]) for pair in zip(found, extra, strict=True)]
-    return [
-        Holding(reader.source, tokens, reusable, runs, reader.degraded())
-        for reader, (tokens, reusable, runs) in zip(plan.readers, found, strict=True)
-    ]
+    pairs = zip(plan.readers, found, strict=True)
+    if holders_only:
+        holdings = [_holding(reader, held) for reader, held in pairs if held[0]]
+        return [holding for holding in holdings if holding.tokens]
+    return [_holding(reader, held) for reader, held in pairs]
 
 
 _Found = tuple[int, int, tuple[Run, ...]]
+
+
+def _holding(reader: Reader, found: "_Found") -> Holding:
+    degraded = reader.degraded()
+    tokens, reusable, runs = (0, 0, ()) if degraded.startswith(UNREACHABLE) else found
+    return Holding(reader.source, tokens, reusable, runs, degraded)
+
+
 _NOTHING: _Found = (0, 0, ())
 
 
@@ -195,13 +246,19 @@ def _lookup(
     plan: Plan, prompt: Prompt, chunks: Chunks, read: Callable[[Any], int] | None, *, bare: bool
 ) -> Generator[list[BlockKey], Sequence[Any], list[_Found]]:
     scans = {}
-    for size, asked in plan.by_size.items():
-        scans[size] = yield from _scan(size, asked, prompt, chunks, read, bare=bare)
+    for size, wanted in plan.by_size.items():
+        scans[size] = yield from _scan(size, wanted, prompt, chunks, read, bare=bare)
     cap = max(0, prompt.length - 1)
     singles: dict[tuple[int, int, str], _Found] = {}
+    absent = 0
+    for scan in scans.values():
+        absent |= scan.absent
     found = []
-    for mine in plan.chains:
-        if len(mine) == 1 and mine[0].single_slot:
+    for mine, mask in zip(plan.chains, plan.masks, strict=True):
+        if mask & absent:
+            found.append(_NOTHING)
+            continue
+        if mask:
             found.append(_of_single(mine[0].groups[0], scans, cap, singles))
             continue
         parts = [_evaluate(chain, scans, cap, singles) for chain in mine]
@@ -219,7 +276,7 @@ def _lookup(
 def _of_single(group: Group, scans: dict[int, Scan], cap: int, known: dict[tuple[int, int, str], _Found]) -> _Found:
     size = group.spec.block_size
     scan = scans[size]
-    blocks = scan.ends.get(group.mask, scan.scanned)
+    blocks = 0 if scan.absent & group.mask else scan.ends.get(group.mask, scan.scanned)
     if not blocks:
         return _NOTHING
     medium = group.slots[0].medium
@@ -232,27 +289,15 @@ def _of_single(group: Group, scans: dict[int, Scan], cap: int, known: dict[tuple
 
 def _scan(
     size: int,
-    chains: list[Chain],
+    wanted: Wanted,
     prompt: Prompt,
     chunks: Chunks,
     read: Callable[[Any], int] | None,
     *,
     bare: bool,
 ) -> Generator[list[BlockKey], Sequence[Any], Scan]:
-    alive = 0
-    needed: list[int] = []
-    relevant = 0
-    to_the_end = False
-    for chain in chains:
-        if chain.single_slot:
-            alive |= chain.groups[0].mask
-            continue
-        here = [group for group in chain.groups if group.spec.block_size == size]
-        for group in here:
-            relevant |= group.mask
-        whole = [group.mask for group in here if group.spec.tail is None]
-        needed += whole[:1]
-        to_the_end = to_the_end or not whole
+    alive, needed, relevant, to_the_end = wanted
+    absent = 0
     total = prompt.length // size
     ends: dict[int, int] = {}
     changes: list[tuple[int, int]] = []
@@ -270,6 +315,8 @@ def _scan(
             lost = alive & ~holders
             if lost:
                 alive ^= lost
+                if not number:
+                    absent, lost = lost, 0
                 while lost:
                     bit = lost & -lost
                     ends[bit] = number
@@ -279,12 +326,12 @@ def _scan(
                 before_relevant = now
                 changes.append((number, now))
                 if needed:
-                    needed = [mask for mask in needed if now & mask]
+                    needed = tuple(mask for mask in needed if now & mask)
             if not alive and not needed and not to_the_end:
-                return Scan(ends, changes, number + 1)
+                return Scan(absent, ends, changes, number + 1)
         done = upto
         chunk = min(chunks.growth * chunk, chunks.largest)
-    return Scan(ends, changes, total)
+    return Scan(absent, ends, changes, total)
 
 
 def _evaluate(chain: Chain, scans: dict[int, Scan], cap: int, singles: dict[tuple[int, int, str], _Found]) -> _Found:

@@ -55,9 +55,9 @@ class MemoryIndex(TrackingIndex):
             reused = self._reused
             plan = self._view(prompt.model).narrowed(pods, block_size)
             bare = prompt.model in self._bare_models
-            found = self._look_up(answer(plan, prompt, bare=bare, chunks=Chunks()))
+            found = self._look_up(answer(plan, prompt, bare=bare, chunks=Chunks(), holders_only=holders_only))
             if reused == self._reused:
-                return [holding for holding in found if holding.tokens] if holders_only else found
+                return found
 
     def _look_up(self, asked: LookUps) -> list[Holding]:
         get = self._table.get

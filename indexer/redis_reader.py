@@ -64,16 +64,20 @@ class Questions:
             view = self._views.get(model)
             if view is None:
                 view = yield from self._load(model)
-            found = yield from self._look_up(view.plan.narrowed(pods, block_size), view, prompt)
+            found = yield from self._look_up(
+                view.plan.narrowed(pods, block_size), view, prompt, holders_only=holders_only
+            )
             if found is not None:
-                return [holding for holding in found if holding.tokens] if holders_only else found
+                return found
             self._views.pop(model, None)
         raise IndexUnavailable(f"the sources of model {model!r} changed {_TRIES} times while a question was asked")
 
-    def _look_up(self, plan: Plan, view: _View, prompt: Prompt) -> Question[list[Holding] | None]:
+    def _look_up(
+        self, plan: Plan, view: _View, prompt: Prompt, *, holders_only: bool
+    ) -> Question[list[Holding] | None]:
         """Look a prompt up; None where the view is out of date."""
         names = self._layout.of(prompt.model)
-        asked = answer(plan, prompt, bare=view.bare, chunks=CHUNKS, read=holders_of)
+        asked = answer(plan, prompt, bare=view.bare, chunks=CHUNKS, holders_only=holders_only, read=holders_of)
         is_checked = False
         try:
             keys = next(asked)

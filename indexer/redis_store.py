@@ -143,6 +143,8 @@ async def exchange(pool: redis.asyncio.ConnectionPool, packed: bytes, count: int
 
 def packed_of(commands: Sequence[Command]) -> bytes:
     """Write commands as they go over the wire."""
+    if len(commands) == 1 and isinstance(commands[0], Packed):
+        return commands[0].content
     # Not the client's pipelines: for one command of many keys they take as long as Redis itself.
     return b"".join(
         command.content if isinstance(command, Packed) else hiredis.pack_command(command) for command in commands

@@ -2,14 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias, cast
 
 from structlog.typing import FilteringBoundLogger
 
-from indexer import Copies, Decoded, Index, IndexerError, InvalidQuestion, LimitReached, Source
+from indexer import UNREACHABLE, Copies, Decoded, Index, IndexerError, InvalidQuestion, LimitReached, Source
 from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
 from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
@@ -20,6 +20,8 @@ NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
 ASKED_AGAIN = "behind: messages were asked for again, and are on their way"
+RECONNECTED = "unsure: the connection was lost, and what was said meanwhile cannot be asked for"
+AWAY = f"{UNREACHABLE}: nothing was heard of this source for long"
 UNSURE = "unsure: messages may be missing, and could not be had again"
 FAILED = "error: events could not be applied"
 
@@ -63,6 +65,10 @@ class Applier:
         """Publishers whose messages are on their way again."""
         self._verdicts: dict[Source, str] = {}
         """Why a source is degraded by the numbers of its messages, "" where it is not."""
+        self._away: dict[Publisher, bool] = {}
+        """Publishers that cannot be reached, and whether what they said is forgotten."""
+        self._heard: dict[Publisher, float] = {}
+        """When a publisher spoke last."""
         self._anew: set[Publisher] = set()
         """Publishers that say all that their caches hold from their next message on."""
         self._model = model
@@ -79,7 +85,7 @@ class Applier:
         """
         recovery = self._recoveries.get(publisher)
         if recovery is None:
-            self._apply(publisher, messages)
+            self._apply_unaided(publisher, messages)
             return
         now = time.monotonic()
         is_live = not any(message.replay or message.note for message in messages)
@@ -94,9 +100,26 @@ class Applier:
             elif note is Note.FAILED:
                 actions = recovery.failed(replay, now)
             else:
-                come = list(some)
+                come, before = list(some), recovery.recovered
                 actions = recovery.replayed(replay, come, now) if replay else recovery.live(come, now)
+                self.counters["recovered_total"] += recovery.recovered - before
             self._act(publisher, recovery, actions)
+
+    def _apply_unaided(self, publisher: Publisher, messages: Sequence[Message]) -> None:
+        """Apply messages that cannot be asked for again.
+
+        After a new connection their numbers prove nothing: an engine that began anew may have overtaken the old ones.
+        """
+        if all(message.note is None for message in messages):
+            self._apply(publisher, messages)
+            return
+        for note, some in groupby(messages, lambda message: message.note):
+            if note is None:
+                self._apply(publisher, list(some))
+                continue
+            for flow in self._flows.get(publisher, {}).values():
+                if flow.stream.last is not None:
+                    self._judge(publisher, flow.source, RECONNECTED)
 
     def follow(self, publisher: Publisher) -> None:
         """Hear that messages of a publisher can be asked for again."""
@@ -124,8 +147,7 @@ class Applier:
         """
         if recovery.is_behind and publisher not in self._behind:
             self._behind.add(publisher)
-            for source in self._sources_of(publisher):
-                self._degrade(source, ASKED_AGAIN)
+            self._show(publisher)
         for action in actions:
             match action:
                 case Deliver(messages):
@@ -133,23 +155,22 @@ class Applier:
                 case Ask(replay, start):
                     if self._ask is not None:
                         self._ask(publisher, replay, start)
-                case Begin():
-                    self._begin_anew(publisher)
+                case Begin(is_restart):
+                    self._begin_anew(publisher, "restarts_total" if is_restart else "rebuilds_total")
                 case Doubt() | Whole():
                     for source in self._sources_of(publisher):
                         self._judge(publisher, source, UNSURE if isinstance(action, Doubt) else "")
         if publisher in self._behind and not recovery.is_behind:
             self._behind.discard(publisher)
-            for source in self._sources_of(publisher):
-                self._degrade(source, self._verdicts.get(source, NO_EVENTS_YET))
+            self._show(publisher)
 
-    def _begin_anew(self, publisher: Publisher) -> None:
+    def _begin_anew(self, publisher: Publisher, counter: str) -> None:
         """Forget what a publisher said: its engine began anew, or says all of it again."""
         flows = self._flows.get(publisher, {})
         if not flows:
             self._anew.add(publisher)
         for flow in flows.values():
-            self.counters["restarts_total"] += flow.stream.last is not None
+            self.counters[counter] += flow.stream.last is not None
             self._log.info("begins_anew", pod=flow.source.pod, rank=flow.source.rank)
             flow.stream.last = None
             with suppress(InvalidQuestion):  # it may have been forgotten meanwhile
@@ -157,23 +178,75 @@ class Applier:
 
     def _sources_of(self, publisher: Publisher) -> list[Source]:
         flows = self._flows.get(publisher, {})
-        return [flow.source for flow in flows.values()] or [Source(publisher.pod)]
+        if flows:
+            return [flow.source for flow in flows.values()]
+        source = Source(publisher.pod)  # as it was registered when it was subscribed, unless others speak for it
+        return [] if source in self._sources() else [source]
 
-    def _degrade(self, source: Source, reason: str) -> None:
+    def _show(self, publisher: Publisher) -> None:
+        """Say to the index what the sources of a publisher are worth."""
+        for source in self._sources_of(publisher):
+            self._show_one(publisher, source)
+
+    def _show_one(self, publisher: Publisher, source: Source) -> None:
+        reason = self._verdicts.get(source, NO_EVENTS_YET)
+        if publisher in self._away:
+            reason = AWAY
+        elif publisher in self._behind:
+            reason = ASKED_AGAIN
         with suppress(InvalidQuestion):  # it said nothing yet, or was forgotten meanwhile
             self._index.degrade(source, reason)
 
     def _judge(self, publisher: Publisher, source: Source, reason: str) -> None:
         """Say what the numbers of a source's messages mean for it, now or when it is no longer behind."""
         self._verdicts[source] = reason
-        if publisher not in self._behind:
-            self._degrade(source, reason)
+        if publisher not in self._behind and publisher not in self._away:
+            self._show_one(publisher, source)
+
+    def hear_away(self, away: Mapping[Publisher, float]) -> None:
+        """Hear which publishers cannot be reached, and for how long: 1 is when they stop being scored, 2 when what they
+        hold is forgotten. All others can be reached.
+        """
+        for publisher, long in away.items():
+            if long >= 1 and publisher not in self._away:
+                self._away[publisher] = False
+                self.counters["unreachable_total"] += 1
+                self._log.warning("unreachable", pod=publisher.pod, endpoint=publisher.endpoint)
+                self._show(publisher)
+            if long >= 2 and not self._away[publisher]:
+                self._away[publisher] = True
+                self._forget_away(publisher)
+        for publisher in [publisher for publisher in self._away if away.get(publisher, 0.0) < 1]:
+            del self._away[publisher]
+            self._log.info("reachable", pod=publisher.pod, endpoint=publisher.endpoint)
+            self._show(publisher)
+
+    def _forget_away(self, publisher: Publisher) -> None:
+        """Forget what a publisher said that will hardly come back as the same engine."""
+        self._log.info("forgotten", pod=publisher.pod, endpoint=publisher.endpoint)
+        self.counters["forgotten_total"] += 1
+        self._behind.discard(publisher)
+        if publisher in self._recoveries:
+            self.follow(publisher)
+        for source in self._sources_of(publisher):
+            self._verdicts[source] = NO_EVENTS_YET
+            with suppress(InvalidQuestion):
+                self._index.restart(source)
+        for flow in self._flows.get(publisher, {}).values():
+            flow.stream.last = None
+        self._show(publisher)
+
+    def silences(self, endpoints: Collection[str]) -> dict[Publisher, float]:
+        """Give for how many seconds the publishers that came by these endpoints have said nothing."""
+        now = time.monotonic()
+        return {publisher: now - at for publisher, at in self._heard.items() if publisher.endpoint in endpoints}
 
     def _apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
         """Apply messages in order.
 
         Batches that simply follow each other go to the index together: the more at once, the cheaper each.
         """
+        self._heard[publisher] = time.monotonic()
         if publisher not in self._flows:
             self._apply_each(publisher, messages[:1], self._decode(messages[:1]))
             messages = messages[1:]  # what is known now may be all that the others need
@@ -323,6 +396,8 @@ class Applier:
         self._recoveries = {publisher: known for publisher, known in self._recoveries.items() if publisher.pod != pod}
         self._behind = {publisher for publisher in self._behind if publisher.pod != pod}
         self._verdicts = {source: reason for source, reason in self._verdicts.items() if source.pod != pod}
+        self._away = {publisher: gone for publisher, gone in self._away.items() if publisher.pod != pod}
+        self._heard = {publisher: at for publisher, at in self._heard.items() if publisher.pod != pod}
         self._anew = {publisher for publisher in self._anew if publisher.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
         if keep:

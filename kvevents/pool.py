@@ -16,6 +16,8 @@ from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
 
+POD_TIMEOUT_S = 60.0
+SILENT_TIMEOUT_S = 3_600.0
 QUEUE_MESSAGES = 262_144
 QUEUE_BYTES = 512 * 1024 * 1024
 _EXPIRE_EVERY_S = 1.0
@@ -27,6 +29,10 @@ _ALWAYS = (
     "gaps_total",
     "missing_total",
     "restarts_total",
+    "rebuilds_total",
+    "unreachable_total",
+    "forgotten_total",
+    "recovered_total",
     "replays_total",
     "replays_failed_total",
 )
@@ -42,6 +48,10 @@ class EventPool:
     them `submit` waits, while messages from sockets push out the oldest of the busiest publisher, counted, and the
     source is called degraded for the gap.
 
+    A subscribed pod that is not connected for `pod_timeout_s` is not scored until it is again; after the same time once
+    more what it held is forgotten. Pods that connect to a bound endpoint are known by their messages alone: for them
+    `silent_timeout_s` holds.
+
     Use it as a context manager, or call `start` and `close`. All methods may be called from any thread.
     """
 
@@ -53,11 +63,18 @@ class EventPool:
         model: str = "",
         copies: Copies = "count",
         on_gap: OnGap = "keep",
+        pod_timeout_s: float = POD_TIMEOUT_S,
+        silent_timeout_s: float = SILENT_TIMEOUT_S,
         queue_messages: int = QUEUE_MESSAGES,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         if workers < 1:
             raise SubscriptionError(f"workers: expected at least 1, got {workers}")
+        for name, seconds in (("pod_timeout_s", pod_timeout_s), ("silent_timeout_s", silent_timeout_s)):
+            if not seconds > 0:
+                raise SubscriptionError(f"{name}: expected seconds above 0, got {seconds}")
+        self._pod_timeout_s = pod_timeout_s
+        self._silent_timeout_s = silent_timeout_s
         self._index = index
         self._copies: Copies = copies
         self._log = structlog.get_logger("kvevents")
@@ -233,15 +250,7 @@ class EventPool:
         totals["dropped_queue_full_total"] = sum(queue.dropped for queue in self._queues)
         totals["queue_depth"] = sum(queue.messages for queue in self._queues)
         totals["queue_bytes"] = sum(queue.bytes for queue in self._queues)
-        for name in (
-            "applied_total",
-            "events_total",
-            "gaps_total",
-            "missing_total",
-            "restarts_total",
-            "replays_total",
-            "replays_failed_total",
-        ):
+        for name in _ALWAYS:
             totals[name] += 0
         return dict(totals)
 
@@ -271,6 +280,18 @@ class EventPool:
         receiver = self._receiver
         if receiver is not None:
             receiver.replay(publisher, replay, start)
+
+    def _away(self, number: int) -> dict[Publisher, float]:
+        """Give the publishers of a shard that cannot be reached, and for how many times as long as they may."""
+        receiver = self._receiver
+        if receiver is None:
+            return {}
+        silences = self._appliers[number].silences(receiver.bound())
+        return {publisher: s / self._silent_timeout_s for publisher, s in silences.items()} | {
+            publisher: s / self._pod_timeout_s
+            for publisher, s in receiver.away().items()
+            if self._shard(publisher.pod) == number
+        }
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
@@ -306,6 +327,7 @@ class EventPool:
                 try:
                     with lock:
                         applier.tick()
+                        applier.hear_away(self._away(number))
                 except Exception as error:  # noqa: BLE001  (as above)
                     self._errors += 1
                     self._log.error("tick_error", error=repr(error))

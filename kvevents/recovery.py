@@ -18,10 +18,14 @@ import xxhash
 
 from kvevents.message import Message
 
-HELD_MESSAGES = 16_384
-HELD_BYTES = 64 * 1024 * 1024
+HELD_MESSAGES = 2_048
+HELD_BYTES = 4 * 1024 * 1024
 """Live messages of one publisher that are held back; beyond that the oldest go, and are asked for like other lost
 ones."""
+
+SAID_MESSAGES = 16_384
+"""Of how many messages of a replay it is remembered what they said, for live ones that come after it and say the same.
+What comes later still is taken for a restart, which costs another replay."""
 
 PATIENCE_S = 15.0
 """How long a replay may say nothing before it counts as failed, whoever forgot it."""
@@ -50,6 +54,9 @@ class Ask(NamedTuple):
 
 class Begin(NamedTuple):
     """What follows is all that the cache ever held: forget what is known of it first."""
+
+    is_restart: bool
+    """Because the engine began anew, not because it says all of it again."""
 
 
 class Doubt(NamedTuple):
@@ -120,6 +127,8 @@ class Recovery:
         self._silence = SILENCE_S
         self.dropped = 0
         """Messages that were held back and had to go."""
+        self.recovered = 0
+        """Messages that came by a replay and were not known before."""
 
     def __repr__(self) -> str:
         return f"Recovery(last={self._last}, {'replaying' if self._replay else 'live'}, {len(self._held)} held)"
@@ -133,7 +142,9 @@ class Recovery:
     def is_behind(self) -> bool:
         """Whether messages are known to be missing that are on their way."""
         replay = self._replay
-        return replay is not None and (replay.why is _Why.START or replay.is_used or bool(self._held))
+        if replay is None:
+            return False
+        return replay.why is _Why.START or replay.is_used or replay.is_retry or bool(self._held)
 
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
@@ -271,7 +282,7 @@ class Recovery:
             self._begin_anew(actions, now)
             self._hold(message)
         else:
-            self._forget(actions)
+            self._forget(actions, is_restart=True)
             self._deliver(message, actions, now)
 
     def _replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
@@ -284,7 +295,7 @@ class Recovery:
             if replay.is_idle:
                 return
         elif is_first and replay.why is _Why.HEAL:
-            self._forget(actions)
+            self._forget(actions, is_restart=False)
         last = self._last
         if is_first and replay.why is _Why.CHECK and last is not None:
             if seq < last:
@@ -320,8 +331,11 @@ class Recovery:
                 return
             self._unhold()
         replay.delivered += 1
+        self.recovered += 1
         self._deliver(message, actions, now)
         self._said[message.seq] = digest
+        if len(self._said) > SAID_MESSAGES:
+            del self._said[next(iter(self._said))]
 
     def _release(self, actions: list[Action], now: float) -> None:
         """Go on with what was held back."""
@@ -333,15 +347,15 @@ class Recovery:
     def _begin_anew(self, actions: list[Action], now: float) -> None:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
         self._drop_held()
-        self._forget(actions)
+        self._forget(actions, is_restart=True)
         self._ask(_Why.START, actions, now)
 
-    def _forget(self, actions: list[Action]) -> None:
+    def _forget(self, actions: list[Action], *, is_restart: bool) -> None:
         self._last, self._is_whole, self._is_unsure = None, True, False
         self._heal_at = 0.0
         self._said.clear()
         self._has_begun = True
-        actions.append(Begin())
+        actions.append(Begin(is_restart))
 
     def _start_or(self, why: _Why) -> _Why:
         return _Why.START if self._last is None else why
@@ -361,7 +375,7 @@ class Recovery:
         if last is None:
             self._is_whole = message.seq <= self._first
             if self._is_whole and not self._has_begun:
-                self._forget(actions)
+                self._forget(actions, is_restart=False)
         elif message.seq != last + 1 or self._is_unsure:
             if self._is_unsure:
                 actions.append(Doubt())

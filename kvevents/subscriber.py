@@ -6,10 +6,11 @@ subscriptions after a reconnect (it does so only when the application touches th
 
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import zmq
@@ -24,8 +25,9 @@ HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 5_000
-RECEIVE_MESSAGES = 100_000
-"""As many as the engine's own high-water mark; past it PUB drops, which shows as a gap."""
+RECEIVE_MESSAGES = 2_048
+"""How many may wait in each socket. They are read at once, so more would only be memory that no bound holds; past it
+the engine keeps them, and past its own mark PUB drops, which shows as a gap."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _BURST = 256
 """Messages read from one socket before the next one's turn."""
@@ -53,6 +55,8 @@ class _Open:
     monitor: "zmq.Socket[bytes]"
     connected: int = 0
     heard: bool = False
+    away_since: float = field(default_factory=time.monotonic)
+    """Since when nobody is connected; of no meaning where somebody is."""
 
 
 class Receiver:
@@ -109,6 +113,19 @@ class Receiver:
             if pod is not None:
                 states[pod] = states.get(pod, True) and (opened.connected > 0 or opened.heard)
         return states
+
+    def away(self) -> dict[Publisher, float]:
+        """Give the publishers of pods subscribed by name that are not connected, and for how many seconds."""
+        now = time.monotonic()
+        return {
+            Publisher(opened.subscription.pod, opened.subscription.endpoint): now - opened.away_since
+            for opened in list(self._open)
+            if opened.subscription.pod is not None and not opened.connected and not opened.heard
+        }
+
+    def bound(self) -> set[str]:
+        """Give the endpoints that pods connect to."""
+        return {opened.subscription.endpoint for opened in list(self._open) if opened.subscription.bind}
 
     def close(self) -> None:
         """End the thread and close all sockets."""
@@ -215,11 +232,12 @@ class Receiver:
         event = zmq.utils.monitor.recv_monitor_message(opened.monitor, zmq.NOBLOCK)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             opened.connected += 1
-            if opened.subscription.replay is not None:
+            if opened.subscription.pod is not None:
                 self._deliver(_message(opened.subscription, note=Note.CONNECTED))
         elif event == zmq.EVENT_DISCONNECTED:
             opened.connected = max(0, opened.connected - 1)
             opened.heard = False
+            opened.away_since = time.monotonic()
 
     def _add(self, subscription: Subscription) -> str:
         socket = self._context.socket(zmq.SUB)

@@ -143,6 +143,10 @@ class Publisher:
         self._own_context = context is None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if context is None else context
         self._ring: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
+        self.answers_at_most: int | None = None
+        """How many batches it sends for a replay before it falls silent, without an end; None: all, and the end."""
+        self.answer_delay_s = 0.0
+        """How long it waits before it answers."""
         self._next = 0
         self._subscribers = 0
         # One lock for the publishing socket, its counters and the ring; the replay socket belongs to its thread alone.
@@ -151,6 +155,8 @@ class Publisher:
         self._stop: zmq.Socket[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._pause = threading.Event()
+        """Set while it is closed."""
         try:
             self._open()
         except BaseException:
@@ -177,6 +183,16 @@ class Publisher:
     def replay(self) -> str | None:
         """Where it answers replay requests, with the real port; None when it does not."""
         return self._replay_endpoint
+
+    @property
+    def buffer_steps(self) -> int:
+        """How many batches it keeps for replays. May be set at any time; the oldest then go."""
+        return self._ring.maxlen or 0
+
+    @buffer_steps.setter
+    def buffer_steps(self, count: int) -> None:
+        with self._lock:
+            self._ring = deque(self._ring, maxlen=count)
 
     @property
     def last_seq(self) -> int:
@@ -247,6 +263,7 @@ class Publisher:
             self._context.term()
 
     def _open(self) -> None:
+        self._pause.clear()
         socket = self._context.socket(zmq.XPUB)
         socket.linger = 0
         socket.sndhwm = self._hwm
@@ -277,6 +294,7 @@ class Publisher:
         self._thread.start()
 
     def _shut(self) -> None:
+        self._pause.set()
         if self._thread is not None and self._stop is not None:
             self._stop.send(b"")
             self._thread.join()
@@ -316,10 +334,13 @@ class Publisher:
         peer, start = request[0], int.from_bytes(request[2], "big")
         with self._lock:
             batches = [(seq, payload) for seq, payload in self._ring if seq >= start]
-        old = self.framing == "old"
-        for seq, payload in batches:
+        old, most = self.framing == "old", self.answers_at_most
+        self._pause.wait(self.answer_delay_s)
+        for seq, payload in batches[:most]:
             number = seq.to_bytes(8, "big")
             router.send_multipart([peer, b"", number, payload] if old else [peer, b"", self.topic, number, payload])
+        if most is not None:
+            return
         router.send_multipart([peer, b"", _END, b""] if old else [peer, b"", b"", _END, b""])
 
 

@@ -42,6 +42,10 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     copies: Copies = "count"
     on_gap: OnGap = "keep"
     """What to do with the blocks of a pod of whose messages some are missing for good."""
+    pod_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+    """After how long without a connection a pod is not scored; after twice that its blocks are forgotten."""
+    silent_timeout_s: Annotated[float, Meta(gt=0)] = 3_600.0
+    """The same for pods that connect to a bound endpoint, after their last message."""
 
 
 class PodConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

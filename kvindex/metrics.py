@@ -55,7 +55,9 @@ class _Stats(Collector):
                     yield GaugeMetricFamily(f"kvindex_{part}_{plain}", f"{plain} of the {part}", value=value)
         yield dropped
         blocks = GaugeMetricFamily("kvindex_pod_blocks", "Blocks held", labels=["pod", "rank", "tier"])
-        degraded = GaugeMetricFamily("kvindex_pod_degraded", "1 where answers may be wrong", labels=["pod", "rank"])
+        degraded = GaugeMetricFamily(
+            "kvindex_pod_degraded", "1 where answers may be wrong", labels=["pod", "rank", "reason"]
+        )
         sources: list[SourceStatus] | None = None
         with suppress(IndexUnavailable):
             sources = self._index.sources()
@@ -64,6 +66,6 @@ class _Stats(Collector):
             labels = [status.source.pod, str(status.source.rank)]
             for tier, count in status.tiers.items():
                 blocks.add_metric([*labels, tier], count)
-            degraded.add_metric(labels, bool(status.degraded))
+            degraded.add_metric([*labels, status.degraded.partition(":")[0]], bool(status.degraded))
         yield blocks
         yield degraded

@@ -33,6 +33,8 @@ def run_serve(config: Config) -> int:
         model=config.pool.model,
         copies=config.pool.copies,
         on_gap=config.pool.on_gap,
+        pod_timeout_s=config.pool.pod_timeout_s,
+        silent_timeout_s=config.pool.silent_timeout_s,
     )
     with contextlib.ExitStack() as running:
         if follows:

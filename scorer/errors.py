@@ -2,6 +2,8 @@
 
 * `ScorerError`
     * `InvalidRequest` (also a `ValueError`): a question cannot be answered as asked; the message names the field
+        * `TemplateFailed`: a chat template refused the messages, is wrong itself, or took more than it may
+    * `NoTokenizer`: nothing turns text for this model into tokens; the message names the places looked at
 """
 
 
@@ -11,3 +13,11 @@ class ScorerError(Exception):
 
 class InvalidRequest(ScorerError, ValueError):
     """A question cannot be answered as asked; the message names the field, its value and what is expected."""
+
+
+class NoTokenizer(ScorerError):
+    """There is no tokenizer, or no chat template, for a model; the message names the places looked at."""
+
+
+class TemplateFailed(InvalidRequest):
+    """A chat template refused the messages, is wrong itself, or took more time or memory than it may."""

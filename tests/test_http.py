@@ -95,6 +95,7 @@ def test_the_other_routes(client):
     metrics = client.get("/metrics").text
     assert "kvcache_index_lookup_requests_total 1.0" in metrics
     assert 'kvindex_pod_blocks{pod="pod-a",rank="0",tier="gpu"} 2.0' in metrics
+    assert 'kvindex_pod_degraded{pod="pod-a",rank="0",reason=""} 0.0' in metrics
     assert "/v1/score" in client.get("/schema/openapi.json").json()["paths"]
     assert client.delete("/v1/pods/pod-a").status_code == 204
     assert ask(client).json()["best"] == "pod-b"

@@ -1074,3 +1074,50 @@ def test_without_replays_what_is_called_exact_lacks_no_message_and_is_of_one_lif
     if world.consumer.is_exact and known:
         lives = [life for life in world.engine.lives if known[-1] in life]
         assert since_clear(known) == since_clear(lives[0][: known[-1].seq + 1])
+
+
+def test_it_is_behind_only_while_something_is_known_to_be_on_its_way():
+    recovery = Recovery()
+    assert not recovery.is_behind
+    recovery.connected(0)
+    assert recovery.is_behind  # nothing is known yet
+    recovery.replayed(1, run(0, 1), 0)
+    recovery.ended(1, 0)
+    assert not recovery.is_behind
+    recovery.connected(0)
+    assert not recovery.is_behind  # only asked whether there is more
+    recovery.replayed(2, run(1), 0)
+    assert recovery.is_behind
+    recovery.ended(2, 0)
+    recovery.connected(0)
+    recovery.live(run(2), 0)
+    assert recovery.is_behind
+
+
+def test_it_is_behind_when_a_replay_stopped_in_the_middle():
+    recovery = Recovery()
+    recovery.connected(0)
+    recovery.replayed(1, run(0, 1), 0)
+    assert told(recovery.failed(1, 0)) == ["ask 1"]
+    assert recovery.is_behind
+    assert told(recovery.failed(2, 0)) == ["doubt"]
+    assert not recovery.is_behind
+
+
+@pytest.mark.parametrize(("late_by", "asks"), [(3, 0), (4, 1)])
+def test_what_a_replay_said_is_remembered_for_as_long_as_it_may_come_again(monkeypatch, late_by, asks):
+    monkeypatch.setattr(module, "SAID_MESSAGES", 3)
+    world = following(3)
+    world.publish(6)
+    late = list(world.live)
+    world.live.clear()
+    world.publish(lost=True)
+    world.connect()
+    world.serve()
+    world.check_exact()
+    world.asked.clear()
+    world.live.append(late[len(late) + 1 - late_by])
+    world.hear()
+    assert len(world.asked) == asks
+    world.serve()
+    world.check_exact()

@@ -28,7 +28,7 @@ use crate::blocks::{Blocks, Step};
 use crate::events::{Batch, EngineHash, Event};
 use crate::groups::GroupSpec;
 use crate::ledger::{Counters, Here, Known, Ledger, Limits, Slot, Tier, count};
-use crate::matching::{Asked, Chain, Found, Plan, SlotView, answer, chains_of};
+use crate::matching::{Asked, Chain, Found, NOTHING, Plan, SlotView, answer, chains_of};
 use crate::slots::Slots;
 use crate::wire::{DecodeError, decode_batch};
 
@@ -81,6 +81,11 @@ impl Tracked {
         let trouble = self.trouble.read();
         let reason = if trouble.reason.is_empty() { trouble.ledger.into() } else { trouble.reason.clone() };
         (!reason.is_empty()).then_some(reason)
+    }
+
+    /// Whether nobody has heard of it for long: `UNREACHABLE` in indexer/base.py.
+    fn is_unreachable(&self) -> bool {
+        self.degraded().is_some_and(|reason| reason.starts_with("unreachable"))
     }
 
     fn set_trouble(&self, change: impl FnOnce(&mut Trouble)) {
@@ -546,8 +551,12 @@ impl Index {
                 answer(&Plan::new(&chains, size), &self.blocks, asked, bare)
             };
             if reused == self.slots.given_back() {
-                let pairs = readers.iter().zip(found).filter(|(_, found)| all || found.tokens > 0);
-                return pairs.map(|(reader, found)| Holding { tracked: reader.tracked.clone(), found }).collect();
+                let heard = |(reader, found): (&&Reader, Found)| {
+                    let found = if reader.tracked.is_unreachable() { NOTHING } else { found };
+                    Holding { tracked: reader.tracked.clone(), found }
+                };
+                let holdings = readers.iter().zip(found).map(heard);
+                return holdings.filter(|holding| all || holding.found.tokens > 0).collect();
             }
         }
     }

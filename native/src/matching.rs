@@ -232,7 +232,7 @@ pub struct Found {
     pub runs: Runs,
 }
 
-const NOTHING: Found = Found { tokens: 0, reusable: 0, runs: Runs::Nowhere };
+pub const NOTHING: Found = Found { tokens: 0, reusable: 0, runs: Runs::Nowhere };
 
 /// The tokens of a prompt, and its keys.
 pub struct Asked<'a> {
