@@ -76,6 +76,11 @@ class MemoryIndex(TrackingIndex):
 
     release = TrackingIndex.forget
 
+    def followed(self) -> list[Source]:
+        """Give all sources in the order in which they were registered, see `SnapshotIndex.followed`."""
+        with self._lock:
+            return list(self._tracked)
+
     def dump(self, source: Source) -> bytes:
         """Give all that is known of a source, see `SnapshotIndex.dump`."""
         with self._lock:
@@ -106,13 +111,15 @@ class MemoryIndex(TrackingIndex):
                 read.ledger.slots[slot.medium, slot.group, slot.block_size] = slot
                 self._change(read, [Change(slot, [], list(slot.held.values()), held=True)])
             self._layout_changed(read)
-            # sources are written one after the other: a shared one may wait for what another was told meanwhile
-            for shared in self._fleet_wide(read.model):
-                find = self._find_elsewhere(read.model)
-                names = [name for name, _, _ in shared.ledger.waiting.unplaced()]
-                self._change(shared, shared.ledger.learn(find, list(dict.fromkeys(names))))
             self._applied(read)
         return read.source
+
+    def settle(self) -> None:
+        """Place what waits in shared caches and is known by now, see `SnapshotIndex.settle`."""
+        with self._lock:
+            for shared in [tracked for tracked in self._tracked.values() if tracked.fleet_wide]:
+                names = dict.fromkeys(name for name, _, _ in shared.ledger.waiting.unplaced())
+                self._change(shared, shared.ledger.learn(self._find_elsewhere(shared.model), list(names)))
 
     def _apply_one(self, tracked: Tracked, event: BlockStored | BlockRemoved) -> None:
         super()._apply_one(tracked, _in_numbers(event) if self._has_digests else event)

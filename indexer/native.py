@@ -69,6 +69,10 @@ class NativeIndex:
 
     release = forget
 
+    def followed(self) -> list[Source]:
+        """Give all sources in the order in which they were registered, see `SnapshotIndex.followed`."""
+        return self._index.followed()
+
     def dump(self, source: Source) -> bytes:
         """Give all that is known of a source, see `SnapshotIndex.dump`."""
         section = self._index.dump(source)
@@ -83,6 +87,10 @@ class NativeIndex:
         if flaw:
             raise SnapshotError(f"source {source}: {flaw}")
         return source
+
+    def settle(self) -> None:
+        """Place what waits in shared caches and is known by now, see `SnapshotIndex.settle`."""
+        self._index.settle()
 
     def match(
         self,

@@ -38,7 +38,7 @@ class Writer:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
-    def bytes(self) -> bytes:
+    def joined(self) -> bytes:
         """Give all of them."""
         return b"".join(self._parts)
 
@@ -201,7 +201,7 @@ def write_source(tracked: Tracked, *, is_bare: bool) -> bytes:
     out.number("?", is_bare)
     out.number("d", time.time())
     _write_ledger(out, tracked.ledger)
-    return out.bytes()
+    return out.joined()
 
 
 def _write_ledger(out: Writer, ledger: Ledger) -> None:
@@ -322,7 +322,8 @@ def read_ledger(reader: Reader, ledger: Ledger, limits: Limits, age: float) -> l
     if len({(slot.medium, slot.group, slot.block_size) for slot in slots}) < count:
         raise reader.flaw("a slot is there twice")
     for _ in range(reader.count(28)):
-        ledger._removed[reader.name()] = (BlockKey(reader.whole("Q")), reader.size())
+        name = reader.name()
+        ledger._removed[name] = (BlockKey(reader.whole("Q")), reader.size())
         if len(ledger._removed) > limits.remembered_blocks:
             ledger._removed.popitem(last=False)
     dropped = reader.whole("Q")
@@ -356,7 +357,8 @@ def _read_slot(reader: Reader, age: float) -> Slot:
     if reader.flag():
         slot.seen, now = OrderedDict(), time.monotonic()
         for _ in range(reader.count(24)):
-            slot.seen[reader.name()] = now - reader.seconds() - age
+            name = reader.name()
+            slot.seen[name] = now - reader.seconds() - age
     return slot
 
 

@@ -8,6 +8,13 @@ fn now() -> f64 {
 }
 
 impl Index {
+    /// All sources, in the order in which they were registered.
+    pub fn followed(&self) -> Vec<Arc<Tracked>> {
+        let mut all = self.all();
+        all.sort_unstable_by_key(|tracked| tracked.number);
+        all
+    }
+
     /// All that is known of a source, in the form of `indexer/sections.py`.
     pub fn dump(&self, name: &Name) -> Result<Vec<u8>, Refusal> {
         let tracked = self.require(name)?;
@@ -74,20 +81,20 @@ impl Index {
         self.slots.change_layout();
         self.settle(&tracked, &mut place);
         drop(place);
-        self.place_what_waits(&tracked.model);
         self.keep_bound();
         Ok(())
     }
 
-    /// Tells the shared caches of a model what the others know: sources are written one after the other, so a shared
-    /// one may still wait for what another was told before it was written itself.
-    fn place_what_waits(&self, model: &Arc<str>) {
-        let shared = self.in_order(model, |other| other.fleet_wide && other.wanting.load(Ordering::SeqCst));
-        for tracked in shared {
+    /// Places what waits in shared caches and is known by now: sources are written one after the other, so a shared one
+    /// may still wait for what another was told before that one was written.
+    pub fn settle_shared(&self) {
+        for tracked in self.followed().into_iter().filter(|tracked| tracked.fleet_wide) {
             let mut ledger = tracked.ledger.lock();
             let here = self.here(None);
-            for name in ledger.waiting.unplaced().iter().map(|(name, ..)| *name).collect::<HashSet<_>>() {
-                if let Some(known) = self.find_elsewhere(model, name) {
+            let mut names: Vec<EngineHash> = ledger.waiting.unplaced().iter().map(|(name, ..)| *name).collect();
+            names.dedup(); // the copies of a name stand together
+            for name in names {
+                if let Some(known) = self.find_elsewhere(&tracked.model, name) {
                     ledger.place(name, known, &here);
                 }
             }

@@ -101,6 +101,12 @@ impl Index {
         Ok(source.py().detach(|| self.index.degrade(&name, reason)).is_ok())
     }
 
+    /// All sources in the order in which they were registered.
+    fn followed(&self, py: Python<'_>) -> Vec<Py<PyTuple>> {
+        let all = py.detach(|| self.index.followed());
+        all.iter().map(|tracked| label_of(py, tracked)).collect()
+    }
+
     /// All that is known of a source as bytes, None where it is not followed.
     fn dump<'py>(&self, source: &Bound<'py, PyTuple>) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let (py, name) = (source.py(), name_of(source)?);
@@ -113,6 +119,11 @@ impl Index {
         let (bytes, name, label) = (section.as_bytes(), name_of(source)?, source.clone().unbind());
         let loaded = source.py().detach(|| self.index.load(bytes, &name, || Box::new(label)));
         Ok(loaded.err().unwrap_or_default())
+    }
+
+    /// Places what waits in shared caches and is known by now.
+    fn settle(&self, py: Python<'_>) {
+        py.detach(|| self.index.settle_shared());
     }
 
     fn expire(&self, py: Python<'_>) {
