@@ -177,7 +177,8 @@ def test_a_source_in_bad_bytes_is_refused_or_whole(small):
     for source in index.followed():
         section = index.dump(source)
         made = [section[:length] for length in range(len(section))] + [section + b"\0"]
-        made += [section[:n] + bytes([section[n] ^ f]) + section[n + 1 :] for n in range(len(section)) for f in (1, 128)]
+        changes = [(n, bytes([section[n] ^ flip])) for n in range(len(section)) for flip in (1, 0x80)]
+        made += [section[:n] + changed + section[n + 1 :] for n, changed in changes]
         for number, content in enumerate(made):
             other = opened(impl)
             try:
@@ -206,9 +207,9 @@ def test_what_is_over_the_limits_is_refused(impl):
     one.load(index.dump(Source("a")))
     with pytest.raises(SnapshotError, match="followed already"):
         one.load(index.dump(Source("a")))
-    with pytest.raises(SnapshotError, match="Limits.max_sources"):
+    with pytest.raises(SnapshotError, match=r"Limits\.max_sources"):
         one.load(index.dump(Source("b")))
-    with pytest.raises(SnapshotError, match="Limits.max_slots_per_source"):
+    with pytest.raises(SnapshotError, match=r"Limits\.max_slots_per_source"):
         opened(impl, Limits(max_slots_per_source=1)).load(index.dump(Source("a")))
     with pytest.raises(InvalidQuestion, match="not registered"):
         index.dump(Source("c"))

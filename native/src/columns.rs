@@ -168,7 +168,9 @@ impl<'a> Reader<'a> {
     pub fn group(&mut self) -> Result<Option<u32>, Flaw> {
         match self.i64()? {
             -1 => Ok(None),
-            number => u32::try_from(number).map(Some).or_else(|_| self.flaw(&format!("no number of 32 bits: {number}"))),
+            number => {
+                u32::try_from(number).map(Some).or_else(|_| self.flaw(&format!("no number of 32 bits: {number}")))
+            }
         }
     }
 

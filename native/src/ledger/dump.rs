@@ -35,7 +35,8 @@ impl Ledger {
         for slot in &self.slots {
             slot.write(out, inverse_of(secret));
         }
-        let remembered: Vec<_> = self.remembered.order.iter().map(|name| (*name, self.remembered.known[name])).collect();
+        let remembered: Vec<_> =
+            self.remembered.order.iter().map(|name| (*name, self.remembered.known[name])).collect();
         out.count(remembered.len());
         for (name, (key, size)) in remembered {
             out.name(name);
