@@ -305,7 +305,7 @@ def read_head(reader: Reader) -> tuple[Tracked, bool, float]:
 
 def read_ledger(reader: Reader, ledger: Ledger, limits: Limits, age: float) -> list[Slot]:
     """Read into a new ledger, and give its slots, which are not yet in it: the index has to enter them."""
-    reader.flag()
+    ledger._conflicts = reader.flag()
     tier = reader.whole("B")
     if tier > len(TIERS):
         raise reader.flaw("no tier")
