@@ -1,6 +1,7 @@
 """Snapshots of an index: a source that is written and loaded goes on as one that never stopped."""
 
 import random
+import struct
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from indexer import IndexerError, InvalidQuestion, Limits, Source, open_index
 from indexer.errors import SnapshotError
+from indexer.sections import Reader, read_head
 from indexer.snapshot import Part, SnapshotIndex, read_snapshot, write_snapshot
 from kvevents import decode_batches
 
@@ -171,7 +173,7 @@ def test_a_write_that_fails_leaves_the_one_before(small):
 
 def test_a_source_in_bad_bytes_is_refused_or_whole(small):
     """Without the checksums: whatever bytes say, an index refuses them without a trace, or can go on and be closed."""
-    path, index = small
+    _, index = small
     impl = "native" if "Native" in repr(index) else "python"
     refused = 0
     for source in index.followed():
@@ -231,3 +233,44 @@ def test_a_shared_cache_learns_what_was_said_while_the_snapshot_was_written(impl
     assert other.stats()["waiting"] == 0
     (held,) = other.match(hashing_of(impl).Prompt(range(4), "m"))
     assert held.runs[0].media == ("gpu", "shared_storage")
+
+
+@pytest.mark.parametrize(("first", "second"), WAYS)
+def test_what_was_removed_while_it_waited_stays_removed(first, second):
+    index = opened(first)
+    index.register(Source("a"), model="m")
+    index.apply(Source("a"), [stored([2, 3], range(4, 12), parent=1), stored([2, 3], range(4, 12), parent=1)])
+    index.apply(Source("a"), [removed(3), removed(3), removed(2)])
+    other = moved(index, second)
+    for one, impl in ((index, first), (other, second)):
+        one.apply(Source("a"), [removed(2), stored([1], range(4))])  # the other copy of it
+        assert one.stats()["held"] == 1
+        (held,) = one.match(hashing_of(impl).Prompt(range(12), "m"))
+        assert held.tokens == 4
+
+
+@pytest.mark.parametrize(("first", "second"), WAYS)
+def test_a_block_is_no_younger_for_being_loaded(first, second):
+    index = opened(first)
+    index.register(Source("a"), model="m")
+    index.apply(Source("a"), [stored([1], range(4), medium="disk")])
+    section = index.dump(Source("a"))
+    hour = bytearray(section)
+    taken_at = hour.index(struct.pack("<d", taken_at_of(section)))
+    struct.pack_into("<d", hour, taken_at, taken_at_of(section) - 3600.0)
+    for content, ttl, held in ((section, 1800.0, 1), (bytes(hour), 1800.0, 0), (bytes(hour), 7200.0, 1)):
+        other = opened(second, Limits(silent_tier_ttl_s=ttl))
+        other.load(content)
+        # what was written of it once more still has its age
+        again = opened(second, Limits(silent_tier_ttl_s=ttl))
+        again.load(other.dump(Source("a")))
+        for one in (other, again):
+            one.expire()
+            assert one.stats()["held"] == held
+
+
+def taken_at_of(section):
+    reader = Reader(section)
+    read_head(reader)
+    reader._at -= 8
+    return reader.seconds()
