@@ -12,6 +12,8 @@
 //! layout it was made from. Slots are used anew only after their last block is gone and was counted as given back; an
 //! answer that was worked out meanwhile is worked out again.
 
+mod snapshot;
+
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;

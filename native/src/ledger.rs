@@ -1,6 +1,8 @@
 //! The ledger of one source: which blocks its engine named, and which block keys those are. The twin of
 //! `indexer/ledger.py`, which says why each step is as it is; here the changes go to the table of blocks at once.
 
+mod dump;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
