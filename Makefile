@@ -7,7 +7,7 @@ PACKAGES := $(VENV)/packages
 READY := $(VENV)/ready
 CRATE := native/Cargo.toml native/Cargo.lock $(shell find native/src -name '*.rs')
 CARGO := cargo --quiet
-# `make demo ARGS="--seed 7"` passes options on
+# `make demo ARGS="--rate 20"` passes options on
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -32,8 +32,8 @@ $(READY): $(PACKAGES) pyproject.toml setup.py $(CRATE)
 	@$(BIN)/python -c 'import indexer; print("The index runs in", {"native": "Rust", "python": "plain Python"}[indexer.implementation])'
 	@touch $@
 
-demo: $(READY) ## watch simulated pods being indexed and scored
-	@$(BIN)/kvindex demo $(ARGS)
+demo: $(READY) ## route requests over simulated servers by what they have cached, against round robin and random
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

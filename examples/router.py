@@ -26,28 +26,19 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 POLICIES = ("kv", "round-robin", "random")
 REQUEST_TOKENS = 128
 """What one request in flight counts for, in tokens to compute: it takes its share of every step of the engine."""
-REFUSALS = {429, 500, 502, 503, 504}
+REFUSALS = {429, 502, 503, 504}
 REFUSED_S = 1.0
 """For so long a pod that refused is asked last."""
+ATTEMPTS = 3
+"""Pods that a request is given to at most: one that kills engines must not go round all of them."""
+TIMEOUT = httpx.Timeout(600.0, connect=2.0)
+SCORER_TIMEOUT_S = 1.0
 MAX_BODY_BYTES = 64 * 1024 * 1024
 USAGE_BYTES = 1024 * 1024
 """So much of an answer's end is kept, to read its usage."""
-SCORER_TIMEOUT_S = 1.0
 QUESTION_FIELDS = ("model", "prompt", "messages", "tools", "chat_template_kwargs", "cache_salt")
 """Of a request's body, what decides which blocks fit it."""
 DROPPED_HEADERS = {b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding", b"upgrade"}
-
-
-@dataclass(eq=False)
-class Pod:
-    """One server, and what this router knows of its load."""
-
-    name: str
-    url: str
-    in_flight: int = 0
-    waiting_tokens: int = 0
-    """Tokens that requests without a first byte still have to compute there."""
-    refused_at: float = float("-inf")
 
 
 class Match(msgspec.Struct):
@@ -63,185 +54,6 @@ class Scores(msgspec.Struct):
 
     matches: list[Match] = []
     prompt_tokens: int = 0
-
-
-class Refused(Exception):
-    """A pod did not begin to answer."""
-
-
-class Router:
-    """Chooses pods, and tells the scorer what became of it."""
-
-    def __init__(self, pods: list[Pod], scorers: list[str], policy: str = "kv") -> None:
-        self.pods = pods
-        self.policy = policy
-        self.scorers = [url.rstrip("/") for url in scorers]
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(600.0, connect=2.0), limits=httpx.Limits(max_connections=None), trust_env=False
-        )
-        self.scorer_errors = 0
-        self._turn = itertools.count()
-        self._tasks: set[asyncio.Task[bytes | None]] = set()
-
-    async def choose(self, policy: str, question: dict[str, Any] | None) -> list[tuple[Pod, int]]:
-        """Give all pods, the best first, each with the tokens of the prompt that it would have to compute.
-
-        kv: least `to compute + waiting_tokens + REQUEST_TOKENS * in_flight`, where `to compute` is the prompt less
-        what the pod holds, or will hold when requests on their way have run; at least one token is always computed.
-        Where the scorer cannot say, all pods are taken to hold nothing.
-        """
-        if policy == "kv":
-            answer = await self._ask("/v1/score", question)
-            scores = msgspec.json.decode(answer, type=Scores) if answer else Scores()
-            held = {pod.name: 0 for pod in self.pods}
-            for match in scores.matches:
-                held[match.pod] = max(held.get(match.pod, 0), match.tokens + match.speculative_tokens)
-            most = max(0, scores.prompt_tokens - 1)
-            choices = [(pod, scores.prompt_tokens - min(held[pod.name], most)) for pod in self.pods]
-            random.shuffle(choices)  # among equals
-            choices.sort(key=lambda choice: choice[1] + choice[0].waiting_tokens + REQUEST_TOKENS * choice[0].in_flight)
-        else:
-            choices = [(pod, 0) for pod in self.pods]
-            start = next(self._turn) % len(choices) if policy == "round-robin" else random.randrange(len(choices))
-            choices = choices[start:] + choices[:start]
-        now = time.monotonic()
-        choices.sort(key=lambda choice: now - choice[0].refused_at < REFUSED_S)
-        return choices
-
-    def tell(self, path: str, question: dict[str, Any] | None, **facts: object) -> None:
-        """Say to the scorer where a prompt went or what was reused of it, without waiting for the answer."""
-        if question is not None:
-            task = asyncio.create_task(self._ask(path, {**question, **facts}))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _ask(self, path: str, body: dict[str, Any] | None) -> bytes | None:
-        """Ask the first scorer, and the others when it does not answer; None when nobody can say."""
-        for url in self.scorers if body is not None else []:
-            try:
-                answer = await self.client.post(url + path, json=body, timeout=SCORER_TIMEOUT_S)
-                return answer.raise_for_status().content
-            except httpx.HTTPError:
-                self.scorer_errors += 1
-        return None
-
-
-class Forward:
-    """One request on its way: an ASGI application that tries the pods in order and hands the answer through."""
-
-    def __init__(self, router: Router, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        self.router = router
-        self.path = path
-        self.headers = headers
-        self.body = body
-        self.begun = False
-        """Whether the client has a part of the answer."""
-        try:
-            self.request: dict[str, Any] = msgspec.json.decode(body, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
-            raise ClientException(f"body: {error}") from error
-        named = dict(headers).get(b"x-routing-policy", router.policy.encode()).decode("latin-1")
-        if named not in POLICIES:
-            raise ClientException(f"x-routing-policy: expected one of {', '.join(POLICIES)}, got {named[:40]!r}")
-        self.policy = named
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  (ASGI calls it so)
-        """Answer, or stop when the client goes away: that closes the connection to the pod, which ends its work."""
-        tasks = {asyncio.create_task(self._answer(send)), asyncio.create_task(_disconnect(receive))}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    async def _answer(self, send: Send) -> None:
-        question = question_of(self.request) if self.policy == "kv" else None
-        problem = "there is no pod"
-        for pod, to_compute in await self.router.choose(self.policy, question):
-            pod.in_flight += 1
-            pod.waiting_tokens += to_compute
-            try:
-                self.router.tell("/v1/routed", question, pod=pod.name)
-                end = await self._forward(pod, to_compute, send)
-            except (httpx.HTTPError, Refused) as error:
-                if self.begun:
-                    raise  # the client has a part of the answer already
-                pod.refused_at = time.monotonic()
-                problem = f"pod {pod.name}: {error or type(error).__name__}"
-            else:
-                cached = cached_tokens_of(end)
-                if cached is not None:
-                    self.router.tell("/v1/observe", question, pod=pod.name, cached_tokens=cached)
-                return
-            finally:
-                pod.in_flight -= 1
-                pod.waiting_tokens -= 0 if self.begun else to_compute
-        body = msgspec.json.encode({"error": {"message": problem, "type": "server_error", "code": 503}})
-        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-type", b"application/json")]})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def _forward(self, pod: Pod, to_compute: int, send: Send) -> bytes:
-        """Hand a pod's answer through as it comes; give its end. Raises `Refused` as long as nothing has come."""
-        client = self.router.client
-        request = client.build_request("POST", pod.url + self.path, headers=self.headers, content=self.body)
-        answer = await client.send(request, stream=True)
-        try:
-            if answer.status_code in REFUSALS:
-                raise Refused(f"status {answer.status_code}")
-            chunks = answer.aiter_raw()
-            chunk = await anext(chunks, b"")
-            self.begun = True
-            pod.waiting_tokens -= to_compute
-            headers = [(name.lower(), value) for name, value in answer.headers.raw]
-            headers = [header for header in headers if header[0] not in DROPPED_HEADERS]
-            headers.append((b"x-routed-to", pod.name.encode()))
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
-            end = bytearray()
-            while chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                end += chunk
-                del end[:-USAGE_BYTES]
-                chunk = await anext(chunks, b"")
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return bytes(end)
-        finally:
-            await answer.aclose()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def question_of(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Say of a request's body what the scorer needs to know; None where it has several prompts."""
-    question = {name: request[name] for name in QUESTION_FIELDS if request.get(name) is not None}
-    prompt = request.get("prompt")
-    if isinstance(prompt, list):
-        if not all(isinstance(token, int) for token in prompt):
-            return None
-        question["token_ids"] = question.pop("prompt")
-    return question
-
-
-def cached_tokens_of(end: bytes) -> int | None:
-    """Read from an answer, or from a stream's end, how many tokens of the prompt the engine reused.
-
-    A stream says so only where the request has `stream_options.include_usage`, and vLLM only with
-    `--enable-prompt-tokens-details`.
-    """
-    lines = [line[5:] for line in end.splitlines() if line.startswith(b"data:")] or [end]
-    for line in reversed(lines):
-        try:
-            usage = msgspec.json.decode(line, type=Answer).usage
-        except msgspec.MsgspecError:
-            continue
-        if usage is not None and usage.prompt_tokens_details is not None:
-            return usage.prompt_tokens_details.cached_tokens
-    return None
 
 
 class Details(msgspec.Struct):
@@ -262,12 +74,204 @@ class Answer(msgspec.Struct):
     usage: Usage | None = None
 
 
+@dataclass(eq=False)
+class Pod:
+    """One server, and what this router knows of its load."""
+
+    name: str
+    url: str
+    in_flight: int = 0
+    waiting_tokens: int = 0
+    """Tokens that requests without a first byte still have to compute there."""
+    refused_at: float = float("-inf")
+
+
+class Refused(Exception):
+    """A pod did not begin to answer."""
+
+
+class Router:
+    """Chooses pods, and tells the scorer what became of it."""
+
+    def __init__(self, pods: list[Pod], scorers: list[str], policy: str = "kv") -> None:
+        self.pods = pods
+        self.policy = policy
+        self.scorers = [url.rstrip("/") for url in scorers]
+        self.client = httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None), trust_env=False)
+        self._turn = itertools.count()
+        self._tasks: set[asyncio.Task[bytes | None]] = set()
+
+    async def choose(self, policy: str, question: dict[str, Any] | None) -> list[tuple[Pod, int]]:
+        """Give all pods, the best first, each with the tokens of the prompt that it would have to compute.
+
+        kv: least `to compute + waiting_tokens + REQUEST_TOKENS * in_flight`, where `to compute` is the prompt less
+        what the pod holds, or will hold when requests on their way have run; at least one token is always computed.
+        Where the scorer cannot say, all pods are taken to hold nothing.
+        """
+        if policy == "kv":
+            answer, scores = await self._ask("/v1/score", question), Scores()
+            with contextlib.suppress(msgspec.MsgspecError):
+                scores = msgspec.json.decode(answer or b"{}", type=Scores)
+            held = dict.fromkeys((pod.name for pod in self.pods), 0)
+            for match in scores.matches:
+                held[match.pod] = max(held.get(match.pod, 0), match.tokens + match.speculative_tokens)
+            most = max(0, scores.prompt_tokens - 1)
+            choices = [(pod, scores.prompt_tokens - min(held[pod.name], most)) for pod in self.pods]
+            random.shuffle(choices)  # among equals
+            choices.sort(key=lambda choice: choice[1] + choice[0].waiting_tokens + REQUEST_TOKENS * choice[0].in_flight)
+        else:
+            start = next(self._turn) if policy == "round-robin" else random.randrange(len(self.pods))
+            choices = [(self.pods[(start + step) % len(self.pods)], 0) for step in range(len(self.pods))]
+        now = time.monotonic()
+        choices.sort(key=lambda choice: now - choice[0].refused_at < REFUSED_S)
+        return choices
+
+    def tell(self, path: str, question: dict[str, Any] | None, **facts: object) -> None:
+        """Say to the scorer where a prompt went or what was reused of it, without waiting for the answer."""
+        if question is not None:
+            task = asyncio.create_task(self._ask(path, {**question, **facts}))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, path: str, body: dict[str, Any] | None) -> bytes | None:
+        """Ask the first scorer, and the others when it does not answer; None when nobody can say."""
+        for url in self.scorers if body is not None else []:
+            with contextlib.suppress(httpx.HTTPError):
+                answer = await self.client.post(url + path, json=body, timeout=SCORER_TIMEOUT_S)
+                return answer.raise_for_status().content
+        return None
+
+
+class Forward:
+    """One request on its way: an ASGI application that tries the pods in order and hands the answer through."""
+
+    def __init__(self, router: Router, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        self.router = router
+        self.path = path
+        self.headers = headers
+        self.body = body
+        self.begun = False
+        """Whether the client has a part of the answer."""
+        self.policy = dict(headers).get(b"x-routing-policy", router.policy.encode()).decode("latin-1")
+        if self.policy not in POLICIES:
+            raise ClientException(f"x-routing-policy: expected one of {', '.join(POLICIES)}, got {self.policy[:40]!r}")
+        try:
+            request = msgspec.json.decode(body, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            raise ClientException(f"body: {error}") from error
+        self.question = question_of(request) if self.policy == "kv" else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  (ASGI calls it so)
+        """Answer, or stop when the client goes away: that closes the connection to the pod, which ends its work."""
+        tasks = {asyncio.create_task(self._answer(send)), asyncio.create_task(_disconnect(receive))}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _answer(self, send: Send) -> None:
+        problem = "there is no pod"
+        for pod, to_compute in (await self.router.choose(self.policy, self.question))[:ATTEMPTS]:
+            pod.in_flight += 1
+            pod.waiting_tokens += to_compute
+            try:
+                self.router.tell("/v1/routed", self.question, pod=pod.name)
+                end = await self._forward(pod, to_compute, send)
+            except (httpx.HTTPError, Refused) as error:
+                if self.begun:
+                    raise  # the client has a part of the answer: its connection is cut, too
+                pod.refused_at = time.monotonic()
+                problem = f"pod {pod.name}: {error or type(error).__name__}"
+            else:
+                cached = cached_tokens_of(end)
+                if cached is not None:
+                    self.router.tell("/v1/observe", self.question, pod=pod.name, cached_tokens=cached)
+                return
+            finally:
+                pod.in_flight -= 1
+                pod.waiting_tokens -= 0 if self.begun else to_compute
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": problem_body(503, problem), "more_body": False})
+
+    async def _forward(self, pod: Pod, to_compute: int, send: Send) -> bytes:
+        """Hand a pod's answer through as it comes; give its end. Nothing is handed through of a refusal."""
+        # not by the client's `build_request`: that adds headers of its own
+        timeout = {"timeout": TIMEOUT.as_dict()}
+        request = httpx.Request(
+            "POST", pod.url + self.path, headers=self.headers, content=self.body, extensions=timeout
+        )
+        answer = await self.router.client.send(request, stream=True)
+        try:
+            if answer.status_code in REFUSALS:
+                raise Refused(f"status {answer.status_code}")
+            chunks = answer.aiter_raw()
+            chunk = await anext(chunks, b"")
+            self.begun = True
+            pod.waiting_tokens -= to_compute
+            headers = [header for header in answer.headers.raw if header[0].lower() not in DROPPED_HEADERS]
+            headers.append((b"x-routed-to", pod.name.encode()))
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+            end = bytearray()
+            while chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                end += chunk
+                del end[:-USAGE_BYTES]
+                chunk = await anext(chunks, b"")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return bytes(end)
+        finally:
+            await answer.aclose()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def problem_body(status: int, message: str) -> bytes:
+    """Give an error as OpenAI's API has it."""
+    return msgspec.json.encode({"error": {"message": message, "type": "router_error", "code": status}})
+
+
+def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    return Response(
+        problem_body(error.status_code, error.detail), status_code=error.status_code, media_type="application/json"
+    )
+
+
+def question_of(request: dict[str, Any]) -> dict[str, Any] | None:
+    """Say of a request's body what the scorer needs to know; None where it has several prompts."""
+    question = {name: request[name] for name in QUESTION_FIELDS if request.get(name) is not None}
+    if isinstance(question.get("prompt"), list):
+        question["token_ids"] = question.pop("prompt")
+        if not all(isinstance(token, int) for token in question["token_ids"]):
+            return None
+    return question
+
+
+def cached_tokens_of(end: bytes) -> int | None:
+    """Read from an answer, or from a stream's end, how many tokens of the prompt the engine reused.
+
+    A stream says so only where the request has `stream_options.include_usage`, and vLLM only with
+    `--enable-prompt-tokens-details`.
+    """
+    pieces = [line[5:] for line in end.splitlines() if line.startswith(b"data:")]
+    for piece in reversed(pieces[-2:] or [end]):  # the last is [DONE]
+        with contextlib.suppress(msgspec.MsgspecError):
+            usage = msgspec.json.decode(piece, type=Answer).usage
+            if usage is not None and usage.prompt_tokens_details is not None:
+                return usage.prompt_tokens_details.cached_tokens
+    return None
+
+
 def create_app(router: Router) -> Litestar:
     """Make the application: `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`."""
 
-    @post(
-        ["/v1/completions", "/v1/chat/completions"], status_code=200, request_max_body_size=MAX_BODY_BYTES
-    )
+    @post(["/v1/completions", "/v1/chat/completions"], status_code=200, request_max_body_size=MAX_BODY_BYTES)
     async def forward(request: Request[Any, Any, Any]) -> ASGIApp:
         headers = [(name, value) for name, value in request.scope["headers"] if name not in DROPPED_HEADERS]
         return Forward(router, request.url.path, headers, await request.body())
@@ -287,24 +291,31 @@ def create_app(router: Router) -> Litestar:
     async def close(_: Litestar) -> None:
         await router.client.aclose()
 
-    return Litestar([forward, models, health], on_shutdown=[close], openapi_config=None, logging_config=None)
+    return Litestar(
+        [forward, models, health],
+        on_shutdown=[close],
+        exception_handlers={HTTPException: _problem},
+        openapi_config=None,
+        logging_config=None,
+    )
 
 
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description="Sends each request to the pod with the least left to compute.")
     parser.add_argument("--pod", action="append", required=True, metavar="NAME=URL")
-    parser.add_argument("--scorer", action="append", default=[], metavar="URL", help="of kvindex serve")
+    parser.add_argument("--scorer", action="append", default=[], metavar="URL", help="kvindex serve; several in order")
     parser.add_argument("--policy", choices=POLICIES, default="kv")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    named = [pod.partition("=") for pod in options.pod]
-    pods = [Pod(name, url.rstrip("/")) for name, _, url in named]
+    pods = [Pod(name, url.rstrip("/")) for name, _, url in (pod.partition("=") for pod in options.pod)]
+    for pod in pods:
+        if not pod.url.startswith(("http://", "https://")):
+            parser.error(f"--pod {pod.name}: expected NAME=URL, as pod-0=http://10.0.0.7:8000")
     app = create_app(Router(pods, options.scorer, options.policy))
-    # the pods' own `date` and `server` go through
-    plain = {"date_header": False, "server_header": False}
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False, **plain)
+    # the pods' own `date` and `server` headers go through
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", date_header=False, server_header=False)
 
 
 if __name__ == "__main__":

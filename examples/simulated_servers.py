@@ -39,7 +39,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the cache holds what was said before so that only new words are computed and nothing twice".split()
+WORDS = ["what", "was", "said", "before", "is", "held", "so", "that", "only", "new", "words", "are", "computed"]
 
 
 def save_tokenizer(folder: Path) -> None:
