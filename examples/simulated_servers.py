@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import uvicorn
@@ -168,6 +168,9 @@ class Engine:
             self.pod.publisher.publish([on_the_wire(self.pod.dialect, event, size) for event in events])
 
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
 class StreamOptions(msgspec.Struct):
     """Of a request with `stream`."""
 
@@ -183,13 +186,13 @@ class Wanted(msgspec.Struct, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
-    simulated_output: list[int] = []
+    simulated_output: list[TokenId] = []
 
 
 class CompletionRequest(Wanted, kw_only=True):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[int]
+    prompt: str | list[TokenId]
 
 
 class ChatRequest(Wanted, kw_only=True):
