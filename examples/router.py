@@ -36,8 +36,6 @@ SCORER_TIMEOUT_S = 1.0
 MAX_BODY_BYTES = 64 * 1024 * 1024
 USAGE_BYTES = 1024 * 1024
 """So much of an answer's end is kept, to read its usage."""
-QUESTION_FIELDS = ("model", "prompt", "messages", "tools", "chat_template_kwargs", "cache_salt")
-"""Of a request's body, what decides which blocks fit it."""
 DROPPED_HEADERS = {b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding", b"upgrade"}
 
 
@@ -127,8 +125,8 @@ class Router:
         return choices
 
     def tell(self, path: str, question: dict[str, Any] | None, **facts: object) -> None:
-        """Say to the scorer where a prompt went or what was reused of it, without waiting for the answer."""
-        if question is not None:
+        """Say to the scorer where a prompt went or what was reused of it, without waiting; it takes token ids only."""
+        if question is not None and "token_ids" in question:
             task = asyncio.create_task(self._ask(path, {**question, **facts}))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -244,13 +242,17 @@ def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]
 
 
 def question_of(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Say of a request's body what the scorer needs to know; None where it has several prompts."""
-    question = {name: request[name] for name in QUESTION_FIELDS if request.get(name) is not None}
-    if isinstance(question.get("prompt"), list):
-        question["token_ids"] = question.pop("prompt")
-        if not all(isinstance(token, int) for token in question["token_ids"]):
-            return None
-    return question
+    """Say of a request's body what the scorer needs to know: of text and messages all of it, as the engine would read it.
+
+    None for several prompts in one request: those are routed by load.
+    """
+    prompt = request.get("prompt")
+    if not isinstance(prompt, list):
+        return request
+    if not all(isinstance(token, int) for token in prompt):
+        return None
+    question = {"model": request.get("model"), "token_ids": prompt, "cache_salt": request.get("cache_salt")}
+    return {name: value for name, value in question.items() if value is not None}
 
 
 def cached_tokens_of(end: bytes) -> int | None:

@@ -232,6 +232,16 @@ def test_the_scorer_is_told_where_a_prompt_went_and_what_was_reused(stream):
     ]
 
 
+def test_text_is_asked_about_as_it_is():
+    pods, scorer = [ScriptedPod([USAGE]) for _ in range(3)], ScriptedScorer([{"pod": "pod-2", "rank": 0, "tokens": 2}])
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5}
+    with routing(*pods, scorer=scorer, policy="kv") as (url, router):
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).headers["x-routed-to"] == "pod-2"
+        until(lambda: idle(router))
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert scorer.calls == [("/v1/score", body)]
+
+
 def test_without_a_scorer_the_idlest_pod_answers():
     pods, scorer = [ScriptedPod(gated=True), ScriptedPod(gated=True)], f"http://127.0.0.1:{refusing_port()}"
     with routing(*pods, policy="kv") as (url, router):
@@ -302,8 +312,11 @@ def test_reading_what_was_reused(end, cached):
     ("request_body", "question"),
     [
         ({"model": "m", "prompt": [1, 2], "stream": True, "cache_salt": "s"}, {"token_ids": [1, 2], "cache_salt": "s"}),
-        ({"model": "m", "prompt": "hello", "max_tokens": 3}, {"prompt": "hello"}),
-        ({"model": "m", "messages": [{"role": "user"}], "tools": None}, {"messages": [{"role": "user"}]}),
+        ({"model": "m", "prompt": "hello", "n": 3}, {"prompt": "hello", "n": 3}),
+        (
+            {"model": "m", "messages": [{"role": "user"}], "tools": None},
+            {"messages": [{"role": "user"}], "tools": None},
+        ),
         ({"model": "m", "prompt": ["a", "b"]}, None),
         ({"model": "m", "prompt": [[1], [2]]}, None),
     ],
