@@ -242,7 +242,7 @@ def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]
 
 
 def question_of(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Say of a request's body what the scorer needs to know: of text and messages all of it, as the engine would read it.
+    """Say of a request's body what the scorer needs to know: of text and messages all, as the engine reads it.
 
     None for several prompts in one request: those are routed by load.
     """
