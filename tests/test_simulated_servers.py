@@ -168,6 +168,23 @@ def test_a_prompt_waits_until_there_are_blocks(folder):
         asyncio.run(run())
 
 
+def test_a_prompt_that_is_given_up_leaves_nothing_in_use(folder):
+    with served(folder, speed=Speed(prefill=1)) as (fleet, (engine,), (url,)):
+        body = {"model": MODEL, "prompt": list(range(80)), "stream": True}
+        timeout = httpx.Timeout(5, read=0.2)
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=timeout) as computed:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=timeout) as waiting:
+                until(lambda: (engine.running, engine.waiting) == (1, 2))
+                with pytest.raises(httpx.ReadTimeout):
+                    next(waiting.iter_raw())
+            until(lambda: (engine.running, engine.waiting) == (1, 1))
+            with pytest.raises(httpx.ReadTimeout):
+                next(computed.iter_raw())
+        until(lambda: not engine.running and not engine.waiting)
+        assert fleet.pods[0].publisher.last_seq == 0
+        assert httpx.post(f"{url}/reset_prefix_cache").json() == {"emptied": True}
+
+
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_stream_says_what_the_whole_answer_says(folder, path):
     what = {"messages": MESSAGES} if "chat" in path else {"prompt": "It said: ünïcode?"}
