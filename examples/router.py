@@ -127,8 +127,8 @@ class Router:
         return choices
 
     def tell(self, path: str, question: dict[str, Any] | None, **facts: object) -> None:
-        """Say to the scorer where a prompt went or what was reused of it, without waiting; it takes token ids only."""
-        if question is not None and "token_ids" in question:
+        """Say to the scorer where a prompt went or what was reused of it, without waiting for the answer."""
+        if question is not None:
             task = asyncio.create_task(self._ask(path, {**question, **facts}))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

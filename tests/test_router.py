@@ -233,13 +233,12 @@ def test_the_scorer_is_told_where_a_prompt_went_and_what_was_reused(stream):
 
 
 def test_text_is_asked_about_as_it_is():
-    pods, scorer = [ScriptedPod([USAGE]) for _ in range(3)], ScriptedScorer([{"pod": "pod-2", "rank": 0, "tokens": 2}])
+    pods, scorer = [ScriptedPod([b"{}"]) for _ in range(3)], ScriptedScorer([{"pod": "pod-2", "rank": 0, "tokens": 2}])
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5}
     with routing(*pods, scorer=scorer, policy="kv") as (url, router):
         assert httpx.post(f"{url}/v1/chat/completions", json=body).headers["x-routed-to"] == "pod-2"
-        until(lambda: idle(router))
-        assert httpx.get(f"{url}/health").status_code == 200
-    assert scorer.calls == [("/v1/score", body)]
+        until(lambda: idle(router) and len(scorer.calls) == 2)
+    assert scorer.calls == [("/v1/score", body), ("/v1/routed", {**body, "pod": "pod-2"})]
 
 
 def test_without_a_scorer_the_idlest_pod_answers():
