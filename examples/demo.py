@@ -15,6 +15,7 @@ from examples import load
 
 MODEL = "demo/model"
 PODS = 4
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
@@ -37,9 +38,8 @@ def stack(servers: list[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
 @contextlib.contextmanager
 def _process(module: list[str], environ: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KVINDEX_")}
-    with subprocess.Popen(
-        [sys.executable, "-m", *module], env=clean | (environ or {}), stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", *module]
+    with subprocess.Popen(command, cwd=ROOT, env=clean | (environ or {}), stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
