@@ -11,12 +11,13 @@ from typing import Self
 import structlog
 
 from indexer import Copies, Index, InvalidQuestion, Source
-from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
+from kvevents.apply import Applier, LastHeard, OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
+from kvevents.trust import NO_EVENTS_YET
 
 POD_TIMEOUT_S = 60.0
 SILENT_TIMEOUT_S = 3_600.0
