@@ -59,16 +59,16 @@ def _free_port() -> int:
 def main() -> int:
     """Run it; give the exit status."""
     parser = argparse.ArgumentParser(description="Routing by the cache against round robin and random, over HTTP.")
-    parser.add_argument("--rate", action="append", type=float, help="requests/s; default 15, 30 and 45")
-    parser.add_argument("--requests", type=int, default=100, help="for each rate and policy")
+    parser.add_argument("--rate", action="append", type=float, help="requests/s; default 12, 20 and 28")
+    parser.add_argument("--requests", type=int, default=80, help="for each rate and policy")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="gets table and plot")
     options = parser.parse_args()
-    speed = ["--prefill", "8000", "--decode", "0.01", "--num-blocks", "2000"]
+    speed = ["--prefill", "4000", "--decode", "0.01", "--num-blocks", "2000"]
     with stack(speed) as (router, scorer, pods):
         print(f"{PODS} simulated servers, kvindex and a router; caches are empty at the start of each line", flush=True)
         asked = [part for name, url in pods.items() for part in ("--pod", f"{name}={url}")]
-        asked += [part for rate in options.rate or (15, 30, 45) for part in ("--rate", str(rate))]
+        asked += [part for rate in options.rate or (12, 20, 28) for part in ("--rate", str(rate))]
         asked += ["--router", router, "--scorer", scorer, "--model", MODEL, "--folder", str(options.folder)]
         asked += ["--requests", str(options.requests), "--seed", str(options.seed)]
         return asyncio.run(load.measure(load.arguments().parse_args(asked)))
