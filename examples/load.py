@@ -200,7 +200,7 @@ async def measure(options: argparse.Namespace) -> int:
     print(
         f"{len(turns)} requests of {tokens // len(turns)} prompt tokens on {len(pods)} pods, for each line\n\n{HEADER}"
     )
-    limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(120.0)
+    limits, timeout = httpx.Limits(max_connections=None, max_keepalive_connections=16), httpx.Timeout(120.0)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
         load = Load(options.router, pods, options.model, options.scorer, client)
         results = await compare(load, turns, options.rate, options.seed)

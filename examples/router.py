@@ -95,8 +95,9 @@ class Router:
         self.pods = pods
         self.policy = policy
         self.scorers = [url.rstrip("/") for url in scorers]
-        # uvicorn, in which vLLM runs, closes connections that are idle for 5 s: never send on one that is about to go
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=3)
+        # uvicorn, in which vLLM runs, closes connections that are idle for 5 s: never send on one that is about to go.
+        # The pool looks at all idle ones for each of them: so there must not be many.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=3)
         self.client = httpx.AsyncClient(timeout=TIMEOUT, limits=limits, trust_env=False)
         self._turn = itertools.count()
         self._tasks: set[asyncio.Task[bytes | None]] = set()
