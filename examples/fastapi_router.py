@@ -1,8 +1,6 @@
-"""A router in one file, with the index in its own process: FastAPI, token ids in, the pod's stream out.
+"""A router in one file with the index in its own process: token ids in, the pod's stream out; run it with
 
-    PODS='{"vllm-0": ["http://10.0.0.7:8000", "tcp://10.0.0.7:5557"]}' uvicorn examples.fastapi_router:app
-
-`PODS` has for each pod where it serves and where it publishes KV events. See examples/router.py for what is left out.
+PODS='{"vllm-0": ["http://10.0.0.7:8000", "tcp://10.0.0.7:5557"]}' uvicorn examples.fastapi_router:app
 """
 
 import json
@@ -20,7 +18,7 @@ from indexer import open_index
 from kvevents import EventPool
 from scorer import PrefixScorer
 
-PODS: dict[str, list[str]] = json.loads(os.environ["PODS"])
+PODS: dict[str, list[str]] = json.loads(os.environ["PODS"])  # where each serves, and where it publishes KV events
 BUSY = 8.0  # what a request in flight counts for, in blocks
 index = open_index("memory://")
 scorer = PrefixScorer(index)
@@ -29,7 +27,7 @@ in_flight: Counter[str] = Counter()
 
 @asynccontextmanager
 async def follow(app: FastAPI) -> AsyncIterator[None]:
-    """Follow all pods as long as the application runs."""
+    """Follow all pods."""
     with EventPool(index) as pool:
         for name, (_, events) in PODS.items():
             pool.subscribe(name, events)
@@ -47,14 +45,16 @@ async def completions(body: dict[str, Any]) -> StreamingResponse:
         raise HTTPException(422, "prompt: expected token ids")
     scores = await scorer.ascore(body["prompt"], model=body.get("model", ""))
     pod = max(PODS, key=lambda name: scores.get(name, 0.0) - BUSY * in_flight[name])
+    request = app.state.client.build_request("POST", f"{PODS[pod][0]}/v1/completions", json=body)
+    answer = await app.state.client.send(request, stream=True)
 
     async def relay() -> AsyncIterator[bytes]:
         in_flight[pod] += 1
         try:
-            async with app.state.client.stream("POST", f"{PODS[pod][0]}/v1/completions", json=body) as answer:
-                async for chunk in answer.aiter_raw():
-                    yield chunk
+            async for chunk in answer.aiter_raw():
+                yield chunk
         finally:
             in_flight[pod] -= 1
+            await answer.aclose()
 
-    return StreamingResponse(relay(), media_type="text/event-stream", headers={"x-routed-to": pod})
+    return StreamingResponse(relay(), answer.status_code, {"x-routed-to": pod}, answer.headers.get("content-type"))

@@ -99,6 +99,7 @@ def test_the_fastapi_router_sends_prompts_where_they_are_cached(tmp_path, monkey
                 module.in_flight["pod-02"] = 9
                 assert client.post("/v1/completions", json=body).headers["x-routed-to"] != "pod-02"
                 assert client.post("/v1/completions", json={"prompt": "text"}).status_code == 422
+                assert client.post("/v1/completions", json={**body, "model": "none"}).status_code == 404
             assert [pod.engine.hit_blocks(PROMPT) for pod in fleet.pods].count(5) == 2
 
 
