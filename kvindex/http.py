@@ -1,7 +1,6 @@
 """The HTTP service."""
 
 import asyncio
-import time
 from typing import Any
 
 import msgspec
@@ -26,8 +25,9 @@ from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from kvindex.pods import forget_pod
+from kvindex.questions import Questions
 from kvindex.stats import Stats
-from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
+from scorer import PodMatch, PrefixScorer, ScorerError
 
 
 class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -91,6 +91,7 @@ def create_app(
     max_tokens: int,
     max_body_bytes: int,
     checks: Checks | None = None,
+    metrics: Metrics | None = None,
 ) -> Litestar:
     """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/healthz`, `/readyz`,
     `/metrics`, and OpenAPI at `/schema`.
@@ -99,35 +100,26 @@ def create_app(
     """
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer))
+    metrics = metrics or Metrics(index, pool, followed, checks, FeedbackMetrics(scorer))
+    questions = Questions(scorer, followed, checks.asked, metrics.answers, by="http", max_tokens=max_tokens)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
         """Say which pods hold how much of a prompt."""
-        if len(data.token_ids) > max_tokens:
-            raise HTTPException(
-                status_code=HTTP_400_BAD_REQUEST,
-                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
-            )
-        checks.asked.note(data.model, data.pods)
-        start = time.perf_counter()
         try:
-            matches = await scorer.amatch(
+            answer = await questions.match(
                 data.token_ids,
                 model=data.model,
-                pods=None if data.pods is None else followed.resolve(data.pods),
+                pods=data.pods,
                 lora_name=data.lora_name,
                 cache_salt=data.cache_salt,
                 mm_items=data.mm_items,
             )
         except ScorerError as error:
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
-        metrics.answered(time.perf_counter() - start)
-        scores = scores_of(matches)
-        best = next(iter(scores), None)
-        size = await asyncio.to_thread(scorer.block_size, data.model)
-        return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
+        said = ScoreAnswer(answer.scores, answer.matches, answer.block_size, len(data.token_ids), answer.best)
+        return Response(said)
 
     @get("/v1/pods")
     async def pods() -> Pods:

@@ -1,4 +1,4 @@
-"""`kvindex serve`: events in, scores out over HTTP."""
+"""`kvindex serve`: events in, scores out over HTTP and, where it is asked for, gRPC."""
 
 import contextlib
 import signal
@@ -13,8 +13,12 @@ from kvevents import EventPool, KVEventsError
 from kvindex.checks import Checks
 from kvindex.config import Config
 from kvindex.errors import UserError
+from kvindex.feedback import FeedbackMetrics
 from kvindex.http import create_app
+from kvindex.metrics import Metrics
 from kvindex.pods import follow
+from kvindex.questions import Questions
+from kvindex.rpc import serve_grpc
 from scorer import PrefixScorer
 
 
@@ -57,6 +61,7 @@ def run_serve(config: Config) -> int:
         checks = Checks(index, pool, follower if follows else None)
         running.callback(checks.close)
         checks.start()
+        metrics = Metrics(index, pool, follower, checks, FeedbackMetrics(scorer))
         app = create_app(
             scorer,
             index,
@@ -65,7 +70,14 @@ def run_serve(config: Config) -> int:
             max_tokens=config.http.max_tokens,
             max_body_bytes=config.http.max_body_bytes,
             checks=checks,
+            metrics=metrics,
         )
+        questions = Questions(
+            scorer, follower, checks.asked, metrics.answers, by="grpc", max_tokens=config.grpc.max_tokens
+        )
+        grpc_port = serve_grpc(config.grpc, questions, running)
+        if grpc_port is not None:
+            log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
