@@ -25,9 +25,8 @@ from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from kvindex.pods import forget_pod
-from kvindex.questions import Questions
 from kvindex.stats import Stats
-from scorer import PodMatch, PrefixScorer, ScorerError
+from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
 
 
 class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,25 +100,35 @@ def create_app(
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
     metrics = metrics or Metrics(index, pool, followed, checks, FeedbackMetrics(scorer))
-    questions = Questions(scorer, followed, checks.asked, metrics.answers, by="http", max_tokens=max_tokens)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
         """Say which pods hold how much of a prompt."""
-        try:
-            answer = await questions.match(
-                data.token_ids,
-                model=data.model,
-                pods=data.pods,
-                lora_name=data.lora_name,
-                cache_salt=data.cache_salt,
-                mm_items=data.mm_items,
+        if len(data.token_ids) > max_tokens:
+            raise HTTPException(
+                status_code=HTTP_400_BAD_REQUEST,
+                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
             )
+        checks.asked.note(data.model, data.pods)
+        try:
+            with metrics.answers.question("http") as question:
+                matches = await question.run(
+                    scorer.match,
+                    data.token_ids,
+                    model=data.model,
+                    pods=None if data.pods is None else followed.resolve(data.pods),
+                    lora_name=data.lora_name,
+                    cache_salt=data.cache_salt,
+                    mm_items=data.mm_items,
+                )
+                size = await asyncio.to_thread(scorer.block_size, data.model)
+                question.found(matches, tokens=len(data.token_ids), block_size=size)
         except ScorerError as error:
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
-        said = ScoreAnswer(answer.scores, answer.matches, answer.block_size, len(data.token_ids), answer.best)
-        return Response(said)
+        scores = scores_of(matches)
+        best = next(iter(scores), None)
+        return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
 
     @get("/v1/pods")
     async def pods() -> Pods:

@@ -14,8 +14,8 @@ from prometheus_client.registry import Collector
 
 from indexer import Index, IndexUnavailable, SourceStatus, implementation
 from kvevents import EventPool, discovery
+from kvindex.answers import AnswerMetrics
 from kvindex.meanings import meaning_of
-from kvindex.questions import AnswerMetrics
 
 _OURS_AS_LLMD = {
     "stored_total": ("kvcache_index_admissions", "Blocks that engines announced as stored"),

@@ -17,7 +17,6 @@ from kvindex.feedback import FeedbackMetrics
 from kvindex.http import create_app
 from kvindex.metrics import Metrics
 from kvindex.pods import follow
-from kvindex.questions import Questions
 from kvindex.rpc import serve_grpc
 from scorer import PrefixScorer
 
@@ -72,10 +71,7 @@ def run_serve(config: Config) -> int:
             checks=checks,
             metrics=metrics,
         )
-        questions = Questions(
-            scorer, follower, checks.asked, metrics.answers, by="grpc", max_tokens=config.grpc.max_tokens
-        )
-        grpc_port = serve_grpc(config.grpc, questions, running)
+        grpc_port = serve_grpc(config.grpc, scorer, follower, checks.asked, metrics.answers, running)
         if grpc_port is not None:
             log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
         host, port = listener.getsockname()[:2]

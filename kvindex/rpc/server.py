@@ -13,8 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from indexer import IndexUnavailable
 from kvindex.errors import UserError
-from kvindex.questions import Questions
-from kvindex.rpc.calls import Call, calls
+from kvindex.rpc.calls import Call, Calls
 from kvindex.rpc.schema import Schema
 from scorer import NoTokenizer, ScorerError
 
@@ -34,14 +33,20 @@ _OPTIONS = (
 )
 
 
+def open_schema() -> Schema:
+    """Give the messages of all services that `RpcServer` has."""
+    return Schema(health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb)
+
+
 class RpcServer:
     """Serves questions from `start` to `close`. The services are SERVING from the first moment on.
 
     An event loop and not a pool of threads, so that a client that begins a call and never ends it holds nothing.
     """
 
-    def __init__(self, questions: Questions, *, host: str, port: int, max_message_bytes: int) -> None:
-        self._questions = questions
+    def __init__(self, calls: Calls, schema: Schema, *, host: str, port: int, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._schema = schema
         self._host = host
         self._port = port
         self._max_message_bytes = max_message_bytes
@@ -77,20 +82,18 @@ class RpcServer:
             ("grpc.max_send_message_length", -1),
         ]
         server = grpc.aio.server(options=[*_OPTIONS, *limits], maximum_concurrent_rpcs=_MOST_CALLS)
-        schema = Schema(health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb)
-        names = sorted({method.service for method in schema.methods.values()})
-        answers = calls(schema, self._questions)
+        names = sorted({method.service for method in self._schema.methods.values()})
         for name in names:
             handlers = {
-                method.name: grpc.unary_unary_rpc_method_handler(_handler(answers[method.name]))
-                for method in schema.methods.values()
+                method.name: grpc.unary_unary_rpc_method_handler(_handler(self._calls.by_name[method.name]))
+                for method in self._schema.methods.values()
                 if method.service == name
             }
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         healthy = health.aio.HealthServicer()
         health.health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(shown, server, pool=schema.pool)
+        reflection.enable_server_reflection(shown, server, pool=self._schema.pool)
         for name in ("", *names):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
         address = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
