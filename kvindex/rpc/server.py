@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from indexer import IndexUnavailable
@@ -91,7 +91,7 @@ class RpcServer:
             }
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         healthy = health.aio.HealthServicer()
-        health.health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(shown, server, pool=self._schema.pool)
         for name in ("", *names):
