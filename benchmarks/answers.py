@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from array import array
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import httpx
@@ -23,7 +25,7 @@ from kvindex.rpc.server import open_schema
 OURS, HEALTH = "/kvindex.v1.ScorerService/Score", "/grpc.health.v1.Health/Check"
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pods", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2_048)
@@ -35,14 +37,16 @@ def main():
         environ = os.environ | {"KVINDEX_PODS": json.dumps(fleet.endpoints()), "KVINDEX_LOG_FORMAT": "json"}
         with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as serving:
             try:
-                told = [json.loads(serving.stderr.readline()) for _ in range(2)]
-                where = {line["event"]: line for line in told}
+                where: dict[str, Any] = {}
+                while not {"serving", "serving_grpc"} <= where.keys():
+                    line = json.loads(serving.stderr.readline())
+                    where[line["event"]] = line
                 measure(options, fleet, where["serving"]["url"], where["serving_grpc"]["address"])
             finally:
                 serving.terminate()
 
 
-def measure(options, fleet, url, address):
+def measure(options: argparse.Namespace, fleet: Fleet, url: str, address: str) -> None:
     rng = random.Random(1)
     prompts = [[rng.randrange(100_000) for _ in range(options.tokens)] for _ in range(20)]
     client = httpx.Client(base_url=url, trust_env=False)
@@ -55,15 +59,15 @@ def measure(options, fleet, url, address):
     method = open_schema().methods["Score"]
     score, check = channel.unary_unary(OURS), channel.unary_unary(HEALTH)
 
-    def over_http(prompt):
+    def over_http(prompt: list[int]) -> dict[str, float]:
         body = {"model": fleet.model, "token_ids": prompt}
         return client.post("/v1/score", json=body).json()["scores"]
 
-    def over_grpc(**asked):
+    def over_grpc(**asked: Any) -> dict[str, float]:  # noqa: ANN401
         request = method.request(model=fleet.model, **asked).SerializeToString()
         return dict(method.response.FromString(score(request)).scores)
 
-    ways = {
+    ways: dict[str, Callable[[list[int]], Any]] = {
         "HTTP, floor": lambda _: client.get("/healthz"),
         "HTTP, token_ids": over_http,
         "gRPC, floor": lambda _: check(b""),
