@@ -1,4 +1,4 @@
-"""What the counters and gauges mean that index, pool and discovery keep, in a line each, as `/metrics` shows them."""
+"""What the counters and gauges mean that index, pool, discovery and scorer keep, in a line each, as `/metrics` shows them."""
 
 from collections.abc import Mapping
 
@@ -60,6 +60,11 @@ _MEANINGS: Mapping[str, Mapping[str, str]] = {
         "replaced": "Pods that came back otherwise",
         "sources": "Sources of pods",
         "sources_unavailable": "Sources of pods that cannot be asked now",
+    },
+    "scorer": {
+        "amended_blocks": "Blocks that pods evidently hold although their engines never said so",
+        "speculative_blocks": "Blocks of requests that are on their way to a pod",
+        "speculative_dropped": "Such blocks forgotten because they were too many",
     },
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Info, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -27,6 +27,7 @@ class Metrics:
     """All metrics of one service."""
 
     def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower, *more: Collector) -> None:
+        disable_created_metrics()  # of the whole process: one more series for each counter, which nobody asks for
         self._registry = CollectorRegistry()
         for collector in (_Stats(index, pool, followed), _Pods(index, pool), *more):
             self._registry.register(collector)
