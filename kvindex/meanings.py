@@ -1,4 +1,4 @@
-"""What the counters and gauges mean that index, pool, discovery and scorer keep, in a line each, as `/metrics` shows them."""
+"""What the counters and gauges of index, pool, discovery and scorer mean, in a line each, as `/metrics` shows them."""
 
 from collections.abc import Mapping
 

@@ -27,7 +27,8 @@ class Metrics:
     """All metrics of one service."""
 
     def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower, *more: Collector) -> None:
-        disable_created_metrics()  # of the whole process: one more series for each counter, which nobody asks for
+        # for the whole process: else each counter has one more series, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the package says no types of it
         self._registry = CollectorRegistry()
         for collector in (_Stats(index, pool, followed), _Pods(index, pool), *more):
             self._registry.register(collector)
