@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, ParamSpec, TypeAlias, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from indexer import IndexUnavailable
 from scorer import PodMatch, ScorerError
@@ -18,31 +20,37 @@ T = TypeVar("T")
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
-class AnswerMetrics:
+class AnswerMetrics(Collector):
     """Counters and times of all questions. Names are llm-d's where they mean the same."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._lookups = Counter("kvcache_index_lookup_requests_total", "Questions answered", registry=registry)
+    def __init__(self) -> None:
+        self._lookups = Counter("kvcache_index_lookup_requests_total", "Questions answered", registry=None)
         self._latency = Histogram(
-            "kvcache_index_lookup_latency_seconds", "Time to answer one", buckets=_BUCKETS, registry=registry
+            "kvcache_index_lookup_latency_seconds", "Time to answer one", buckets=_BUCKETS, registry=None
         )
         # llm-d adds the same number to both
         self._hits = [
-            Counter(name, "Blocks found, each question's on the pod that holds the most", registry=registry)
+            Counter(name, "Blocks found, each question's on the pod that holds the most", registry=None)
             for name in ("kvcache_index_lookup_hits_total", "kvcache_index_max_pod_hit_count_total")
         ]
-        self._blocks = Counter("kvindex_lookup_blocks_total", "Whole blocks of prompts asked for", registry=registry)
-        self._tokens = Counter("kvindex_lookup_tokens_total", "Tokens of prompts asked for", registry=registry)
-        outcomes = Counter("kvindex_questions_total", "Questions by outcome", ["by", "outcome"], registry=registry)
+        self._blocks = Counter("kvindex_lookup_blocks_total", "Whole blocks of prompts asked for", registry=None)
+        self._tokens = Counter("kvindex_lookup_tokens_total", "Tokens of prompts asked for", registry=None)
+        outcomes = Counter("kvindex_questions_total", "Questions by outcome", ["by", "outcome"], registry=None)
         self._outcomes = {
             (by, outcome): outcomes.labels(by, outcome)
             for by in ("http", "grpc")
             for outcome in ("answered", "refused", "unavailable", "failed")
         }
         stages = Histogram(
-            "kvindex_answer_stage_seconds", "Parts of an answer's time", ["stage"], buckets=_BUCKETS, registry=registry
+            "kvindex_answer_stage_seconds", "Parts of an answer's time", ["stage"], buckets=_BUCKETS, registry=None
         )
         self._wait, self._match = stages.labels("wait"), stages.labels("match")
+        self._all = (self._lookups, self._latency, *self._hits, self._blocks, self._tokens, outcomes, stages)
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the metrics."""
+        for one in self._all:
+            yield from one.collect()
 
     @contextmanager
     def question(self, by: Carrier) -> Iterator["AnswerMetrics"]:

@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 
 from indexer import Index, IndexUnavailable, SourceStatus, implementation
 from kvevents import EventPool, discovery
-from kvindex.answers import AnswerMetrics
 from kvindex.meanings import meaning_of
 
 _OURS_AS_LLMD = {
@@ -32,7 +31,6 @@ class Metrics:
         self._registry = CollectorRegistry()
         for collector in (_Stats(index, pool, followed), _Pods(index, pool), *more):
             self._registry.register(collector)
-        self.answers = AnswerMetrics(self._registry)
         ProcessCollector(registry=self._registry)
         build = Info("kvindex_build", "What runs here", registry=self._registry)
         build.info({"version": version("kv-cache-indexer"), "implementation": implementation})

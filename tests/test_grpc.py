@@ -135,7 +135,7 @@ class Service:
         self.index = open_index()
         self.pool = EventPool(self.index)
         self.scorer = PrefixScorer(self.index)
-        self.registry = CollectorRegistry()
+        self.answers = AnswerMetrics()
         self.asked = Asked()
         addresses = {"pod-a": (ADDRESS, SHARED), "pod-b": (SHARED,)}
         pods = [discovery.Found(name=name, endpoints=(), aliases=names) for name, names in addresses.items()]
@@ -147,7 +147,7 @@ class Service:
             self.scorer,
             self.followed,
             self.asked,
-            AnswerMetrics(self.registry),
+            self.answers,
             max_tokens=limits.pop("max_tokens", 1_000),
             texts=Words(self.scorer) if words else None,
         )
@@ -179,7 +179,9 @@ class Service:
         return caught.value.code(), caught.value.details()
 
     def metrics(self):
-        return generate_latest(self.registry).decode()
+        registry = CollectorRegistry()
+        registry.register(self.answers)
+        return generate_latest(registry).decode()
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +521,7 @@ def test_what_is_under_way_is_answered_before_the_end():
 def test_a_port_that_is_taken_is_said(service):
     config = GrpcConfig(port=service.port)
     with ExitStack() as running, pytest.raises(UserError, match=f"grpc.port {service.port}.*choose another"):
-        serve_grpc(config, service.scorer, service.followed, Asked(), AnswerMetrics(CollectorRegistry()), running)
+        serve_grpc(config, service.scorer, service.followed, Asked(), AnswerMetrics(), running)
 
 
 def test_without_the_packages_the_remedy_is_said():
