@@ -164,9 +164,9 @@ class Decoder(Protocol):
 class Index(Protocol):
     """Which source holds which blocks.
 
-    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `expire`, `forget` and `release`;
-    one caller at a time per source, any number for different sources. Every other method may be called from any thread
-    at any time; answers are snapshots in which the holders of each block are whole.
+    Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `recount`, `expire`, `forget` and
+    `release`; one caller at a time per source, any number for different sources. Every other method may be called from
+    any thread at any time; answers are snapshots in which the holders of each block are whole.
     """
 
     def register(
@@ -198,6 +198,16 @@ class Index(Protocol):
 
     def degrade(self, source: Source, reason: str) -> None:
         """Say why answers about a source may be wrong; "" says that they are exact again."""
+
+    def recount(self, source: Source, keys: Collection[int]) -> bool:
+        """Count one physical copy on ``gpu`` of each of these blocks, where more were counted.
+
+        For an engine that evidently computed the blocks anew: what it announced of them before, it has lost. Says no,
+        and does nothing, where cache groups decide which blocks serve a prefix: there a short match does not say which
+        block is missing.
+
+        Raises `InvalidQuestion` when the source is not registered.
+        """
 
     def expire(self) -> None:
         """Drop blocks that outlived `Limits.silent_tier_ttl_s`."""

@@ -4,6 +4,7 @@
     * `InvalidQuestion` (also a `ValueError`): a prompt, URL or argument cannot be used as given
     * `LimitReached`: a configured bound would be exceeded
     * `IndexUnavailable`: the database that holds the index does not answer
+    * `SnapshotError`: a snapshot cannot be written, or not be used
 """
 
 
@@ -21,3 +22,7 @@ class LimitReached(IndexerError):
 
 class IndexUnavailable(IndexerError):
     """The database that holds the index does not answer, or not as it should; the message says which and how."""
+
+
+class SnapshotError(IndexerError):
+    """A snapshot cannot be written, or is damaged or foreign; the message names it, the place and the remedy."""

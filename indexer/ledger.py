@@ -7,7 +7,7 @@ into *changes*: block keys that a slot holds from now on, or no longer. It knows
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, TypeAlias
 
 from indexer.base import TIERS, Copies, Limits, Tier, tier_of
@@ -235,6 +235,19 @@ class Ledger:
             else:
                 holder.copies[name] = copies - 1
             changes.append(Change(holder, [name], [], held=False))
+        return changes
+
+    def recount(self, keys: Collection[int]) -> list[Change] | None:
+        """Count one copy of each of these blocks where more were counted; see `Index.recount`."""
+        if len(self.groups) > 1 or any(spec.tail is not None for spec in self.groups.values()):
+            return None
+        changes: list[Change] = []
+        for slot in self.slots.values():
+            if slot.tier == "gpu":
+                for name in [name for name in slot.copies if slot.held[name] in keys]:
+                    extra = slot.copies.pop(name) - 1
+                    self._counters["recounted_total"] += extra
+                    changes.append(Change(slot, [name], [], held=False))
         return changes
 
     def _drop(self, slot: Slot, name: EngineHash, changes: list[Change]) -> None:

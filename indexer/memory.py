@@ -4,11 +4,16 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import cast
 
-from indexer.base import Holding, Limits
+import msgspec
+
+from indexer.base import Holding, Limits, Source
+from indexer.errors import InvalidQuestion, SnapshotError
+from indexer.events import BlockRemoved, BlockStored, EngineHash
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
 from indexer.matching import Chunks, LookUps, Plan, answer, readers_of
 from indexer.prompt import Prompt
+from indexer.sections import Reader, name_of, read_head, read_ledger, write_source
 from indexer.tracking import Tracked, TrackingIndex
 
 _SWEEP = 4096
@@ -31,6 +36,8 @@ class MemoryIndex(TrackingIndex):
         self._bits = 0
         self._free_bits: list[int] = []
         self._reused = 0
+        self._has_digests = False
+        """Byte names go by what stands for them in a snapshot, since one was loaded."""
 
     def __repr__(self) -> str:
         return f"MemoryIndex(python, {len(self._table)} blocks, {len(self._tracked)} sources)"
@@ -68,6 +75,54 @@ class MemoryIndex(TrackingIndex):
             return self._gauges() | {"blocks": len(self._table), "bytes": self._bytes()}
 
     release = TrackingIndex.forget
+
+    def followed(self) -> list[Source]:
+        """Give all sources in the order in which they were registered, see `SnapshotIndex.followed`."""
+        with self._lock:
+            return list(self._tracked)
+
+    def dump(self, source: Source) -> bytes:
+        """Give all that is known of a source, see `SnapshotIndex.dump`."""
+        with self._lock:
+            tracked = self._require(source)
+            return write_source(tracked, is_bare=tracked.model in self._bare_models)
+
+    def load(self, section: bytes) -> Source:
+        """Follow a source from where it was, see `SnapshotIndex.load`."""
+        reader = Reader(section)
+        read, is_bare, age = read_head(reader)
+        incarnation = read.incarnation
+        with self._lock:
+            if not self._has_digests and self._tracked:
+                raise InvalidQuestion("a snapshot is loaded before any source is registered")
+            if read.source in self._tracked:
+                raise SnapshotError(f"source {read.source} is followed already")
+            if len(self._tracked) >= self._limits.max_sources:
+                raise SnapshotError(f"more sources than Limits.max_sources, {self._limits.max_sources}")
+            self._begin(read)
+            slots = read_ledger(reader, read.ledger, self._limits, age)
+            self._has_digests = True
+            read.incarnation = incarnation
+            self._tracked[read.source] = read
+            if is_bare:
+                self._bare_models.add(read.model)
+            for slot in slots:
+                self._take_slot(read, slot)
+                read.ledger.slots[slot.medium, slot.group, slot.block_size] = slot
+                self._change(read, [Change(slot, [], list(slot.held.values()), held=True)])
+            self._layout_changed(read)
+            self._applied(read)
+        return read.source
+
+    def settle(self) -> None:
+        """Place what waits in shared caches and is known by now, see `SnapshotIndex.settle`."""
+        with self._lock:
+            for shared in [tracked for tracked in self._tracked.values() if tracked.fleet_wide]:
+                names = dict.fromkeys(name for name, _, _ in shared.ledger.waiting.unplaced())
+                self._change(shared, shared.ledger.learn(self._find_elsewhere(shared.model), list(names)))
+
+    def _apply_one(self, tracked: Tracked, event: BlockStored | BlockRemoved) -> None:
+        super()._apply_one(tracked, _in_numbers(event) if self._has_digests else event)
 
     def close(self) -> None:
         """Forget everything."""
@@ -159,6 +214,19 @@ class MemoryIndex(TrackingIndex):
 
     def _make_view(self, model: str) -> Plan:
         return Plan.of(readers_of(self._caches(model), self._limits.block_sizes))
+
+
+def _in_numbers(event: BlockStored | BlockRemoved) -> BlockStored | BlockRemoved:
+    """Give an event whose blocks are named as in a snapshot."""
+    parent = event.parent_block_hash if isinstance(event, BlockStored) else None
+    if bytes not in map(type, event.block_hashes) and type(parent) is not bytes:
+        return event
+    hashes: list[EngineHash] = [name_of(name) for name in event.block_hashes]
+    if isinstance(event, BlockRemoved):
+        return msgspec.structs.replace(event, block_hashes=hashes)
+    return msgspec.structs.replace(
+        event, block_hashes=hashes, parent_block_hash=None if parent is None else name_of(parent)
+    )
 
 
 def _unalias(slot: Slot, key: BlockKey) -> bool:

@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 
 from indexer import _native
 from indexer.base import Copies, Decoder, Holding, Limits, Run, Source, SourceStatus
-from indexer.errors import InvalidQuestion, LimitReached
+from indexer.errors import InvalidQuestion, LimitReached, SnapshotError
 from indexer.events import Events
 from indexer.keys import BlockKey, ImageItem, TokenIds, check_block_size
 from indexer.prompt import Prompt
+from indexer.sections import source_of
 
 
 class NativeIndex:
@@ -58,6 +59,12 @@ class NativeIndex:
         """Say why answers about a source may be wrong, see `Index.degrade`."""
         _require(source, found=self._index.degrade(source, reason))
 
+    def recount(self, source: Source, keys: Collection[int]) -> bool:
+        """Count one copy of each of these blocks, see `Index.recount`."""
+        done = self._index.recount(source, list(keys))
+        _require(source, found=done is not None)
+        return bool(done)
+
     def expire(self) -> None:
         """Drop blocks that outlived their time, see `Index.expire`."""
         self._index.expire()
@@ -67,6 +74,29 @@ class NativeIndex:
         self._index.forget(pod)
 
     release = forget
+
+    def followed(self) -> list[Source]:
+        """Give all sources in the order in which they were registered, see `SnapshotIndex.followed`."""
+        return self._index.followed()
+
+    def dump(self, source: Source) -> bytes:
+        """Give all that is known of a source, see `SnapshotIndex.dump`."""
+        section = self._index.dump(source)
+        if section is None:
+            raise InvalidQuestion(f"source {source}: not registered; call register() before anything else")
+        return section
+
+    def load(self, section: bytes) -> Source:
+        """Follow a source from where it was, see `SnapshotIndex.load`."""
+        source = source_of(section)
+        flaw = self._index.load(section, source)
+        if flaw:
+            raise SnapshotError(f"source {source}: {flaw}")
+        return source
+
+    def settle(self) -> None:
+        """Place what waits in shared caches and is known by now, see `SnapshotIndex.settle`."""
+        self._index.settle()
 
     def match(
         self,

@@ -4,7 +4,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
 
 from indexer.base import Copies, Limits, Source, SourceStatus
@@ -26,6 +26,7 @@ _COUNTERS = (
     "removed_unknown",
     "expired",
     "evicted",
+    "recounted",
     "too_many_slots",
 )
 
@@ -166,6 +167,16 @@ class TrackingIndex(ABC):
             tracked.reason = reason
             with self._lock:
                 self._trust_changed(tracked)
+
+    def recount(self, source: Source, keys: Collection[int]) -> bool:
+        """Count one copy of each of these blocks, see `Index.recount`."""
+        tracked = self._require(source)
+        with self._lock:
+            changes = tracked.ledger.recount(frozenset(keys))
+            if changes:
+                self._change(tracked, changes)
+                self._applied(tracked)
+        return changes is not None
 
     def expire(self) -> None:
         """Drop blocks that outlived their time, see `Index.expire`."""

@@ -20,10 +20,12 @@ class Place(NamedTuple):
 class ParkedEvent:
     """A store event that waits, and those of its blocks that were removed meanwhile."""
 
-    __slots__ = ("event", "removed")
+    __slots__ = ("event", "number", "removed")
 
-    def __init__(self, event: BlockStored) -> None:
+    def __init__(self, event: BlockStored, number: int = 0) -> None:
         self.event = event
+        self.number = number
+        """In which order events came."""
         self.removed: list[EngineHash] = []
 
     def removal(self) -> BlockRemoved:
@@ -34,12 +36,13 @@ class ParkedEvent:
 class WaitingRoom:
     """See the module. `blocks` is the number of blocks that wait."""
 
-    __slots__ = ("_limit", "_parked", "_parked_copies", "_unplaced", "blocks", "dropped")
+    __slots__ = ("_limit", "_parked", "_parked_copies", "_parks", "_unplaced", "blocks", "dropped")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._parked: OrderedDict[tuple[EngineHash, int], list[ParkedEvent]] = OrderedDict()
         self._parked_copies: dict[tuple[Place, EngineHash], list[ParkedEvent]] = {}
+        self._parks = 0
         self._unplaced: OrderedDict[EngineHash, list[tuple[Place, int]]] = OrderedDict()
         self.blocks = 0
         self.dropped = 0
@@ -59,15 +62,41 @@ class WaitingRoom:
         """Say whether an event waits for another parent than `ignore`."""
         return any(parent != ignore for parent, _ in self._parked)
 
-    def park(self, event: BlockStored, parent: EngineHash) -> None:
+    def parked(self) -> list[ParkedEvent]:
+        """Give the events that wait, in the order in which they came."""
+        events = [parked for siblings in self._parked.values() for parked in siblings]
+        return sorted(events, key=lambda parked: parked.number)
+
+    def unplaced(self) -> list[tuple[EngineHash, Place, int]]:
+        """Give the copies that wait for their tokens, the names in order and the copies of each."""
+        return [(name, place, size) for name, copies in self._unplaced.items() for place, size in copies]
+
+    def put_back(self, before: ParkedEvent) -> None:
+        """Keep an event that waited before, with what was removed of it."""
+        event = before.event
+        if event.parent_block_hash is None:
+            return
+        parked = self.park(event, event.parent_block_hash)
+        parked.removed = before.removed
+        place = Place(event.medium, event.group_idx)
+        for name in before.removed:
+            copies = self._parked_copies.get((place, name))
+            if copies is not None and parked in copies:
+                copies.remove(parked)
+                if not copies:
+                    del self._parked_copies[place, name]
+
+    def park(self, event: BlockStored, parent: EngineHash) -> ParkedEvent:
         """Keep an event until `parent`, a block of the same size, is stored."""
-        parked = ParkedEvent(event)
+        self._parks += 1
+        parked = ParkedEvent(event, self._parks)
         self._parked.setdefault((parent, event.block_size), []).append(parked)
         place = Place(event.medium, event.group_idx)
         for name in event.block_hashes:
             self._parked_copies.setdefault((place, name), []).append(parked)
         self.blocks += len(event.block_hashes)
         self._keep_bound()
+        return parked
 
     def unpark(self, parent: EngineHash, block_size: int) -> list[ParkedEvent]:
         """Give the events that waited for `parent`, in order, and keep them no longer."""

@@ -4,18 +4,20 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
 import structlog
 
-from indexer import Copies, Index, Source
-from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
+from indexer import Copies, Index, InvalidQuestion, Source
+from kvevents.apply import Applier, LastHeard, OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
+from kvevents.trust import NO_EVENTS_YET
 
 POD_TIMEOUT_S = 60.0
 SILENT_TIMEOUT_S = 3_600.0
@@ -212,6 +214,17 @@ class EventPool:
         self._queues[number].discard(pod)
         with self._locks[number]:
             self._appliers[number].forget(pod, keep=keep)
+
+    def recount(self, source: Source, keys: Collection[int]) -> bool:
+        """Count one copy of each of these blocks of a source, between its events, see `Index.recount`.
+
+        Says no where the index cannot do it, or somebody else follows the source.
+        """
+        with self._locks[self._shard(source.pod)]:
+            try:
+                return self._index.recount(source, keys)
+            except InvalidQuestion:
+                return False
 
     def submit(self, message: Message) -> None:
         """Take a message as if it had come from a socket; waits while the queue is full.

@@ -76,6 +76,10 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     block_size: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     tier_weights: dict[str, Annotated[float, Meta(ge=0, le=1_000_000)]] = {}
+    routed_ttl_s: Annotated[float, Meta(gt=0, le=3_600)] = 5.0
+    """How long what was said at `/v1/routed` is reported."""
+    observe_heal: bool = False
+    """Whether what `/v1/observe` proves wrong is corrected, see `docs/loop.md`."""
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

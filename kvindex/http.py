@@ -23,6 +23,7 @@ from litestar.status_codes import (
 from indexer import Index, IndexUnavailable
 from kvevents import EventPool, PodTaken, SubscriptionError, discovery
 from kvindex.checks import Checks
+from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from kvindex.pods import forget_pod
 from kvindex.stats import Stats
@@ -91,14 +92,15 @@ def create_app(
     max_body_bytes: int,
     checks: Checks | None = None,
 ) -> Litestar:
-    """Make the application: `/v1/score`, `/v1/pods`, `/v1/stats`, `/healthz`, `/readyz`, `/metrics`, and OpenAPI at
-    `/schema`.
+    """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/healthz`, `/readyz`,
+    `/metrics`, and OpenAPI at `/schema`.
 
     Without a `follower` all pods are those of requests and of endpoints that the pool has bound.
     """
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
-    metrics = Metrics(index, pool, followed, checks)
+    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer))
+    feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
@@ -201,7 +203,7 @@ def create_app(
         return await asyncio.to_thread(metrics.text)
 
     return Litestar(
-        [score, pods, stats, register, forget, healthz, readyz, metrics_text],
+        [score, *feedback, pods, stats, register, forget, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
         exception_handlers={
             HTTPException: _problem,

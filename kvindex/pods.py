@@ -44,10 +44,15 @@ def sources_of(found: DiscoveryConfig) -> list[discovery.Discovery]:
     return sources
 
 
+def name_of(pod: str, followed: discovery.Follower) -> str:
+    """Give the name under which a pod is followed that is asked for by any of its names."""
+    names = followed.resolve([pod])
+    return names[0] if len(names) == 1 else pod  # an address of several pods names none of them
+
+
 def forget_pod(pod: str, followed: discovery.Follower, index: Index, pool: EventPool) -> bool:
     """Stop following a pod, by any of its names, and forget its blocks; say whether there was one."""
-    names = followed.resolve([pod])
-    name = names[0] if len(names) == 1 else pod  # an address of several pods names none of them
+    name = name_of(pod, followed)
     if followed.drop(name):
         return True
     if all(status.source.pod != name for status in index.sources()):

@@ -46,7 +46,13 @@ def run_serve(config: Config) -> int:
             except KVEventsError as error:
                 raise UserError(str(error)) from error
         follower = follow(config, pool if follows else None, running)
-        scorer = PrefixScorer(index, config.scorer.block_size, tier_weights=config.scorer.tier_weights)
+        scorer = PrefixScorer(
+            index,
+            config.scorer.block_size,
+            tier_weights=config.scorer.tier_weights,
+            routed_ttl_s=config.scorer.routed_ttl_s,
+            heal=pool.recount if config.scorer.observe_heal else None,
+        )
         # a scorer follows nobody, so that nothing is to be said of how it follows
         checks = Checks(index, pool, follower if follows else None)
         running.callback(checks.close)

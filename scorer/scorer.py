@@ -6,8 +6,10 @@ from typing import TypeAlias
 
 import msgspec
 
-from indexer import ImageItem, Index, InvalidQuestion, Prompt, Run, TokenIds, tier_of
+from indexer import ImageItem, Index, InvalidQuestion, Prompt, Run, Source, TokenIds, tier_of
 from scorer.errors import InvalidRequest
+from scorer.loop import ROUTED_TTL_S, ClosedLoop
+from scorer.observing import Heal, Observation, Tally
 
 TIER_WEIGHTS: Mapping[str, float] = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5, "shared": 0.3}
 """What a block is worth by where it lies, where the caller does not say."""
@@ -34,6 +36,11 @@ class PodMatch(msgspec.Struct, frozen=True, gc=False):
     trust: str
     """``exact``, or ``degraded``: then `reason` says why."""
     reason: str = ""
+    speculative_blocks: int = 0
+    """Blocks beyond `blocks` that requests lately sent there will have put there, see `PrefixScorer.routed`. Not in
+    `tokens`, and in `score` only by `speculative_weight`."""
+    speculative_tokens: int = 0
+    """The same in tokens."""
 
 
 class PrefixScorer:
@@ -43,17 +50,33 @@ class PrefixScorer:
     blocks are counted in the size that most pods use. `tier_weights` changes weights by tier (``gpu``, ``cpu``,
     ``disk``, ``shared``) or by an engine's own word for a medium.
 
+    Who says what he routed (`routed`) and what the engines reused (`observe`) closes the loop, see `docs/loop.md`.
+    `routed_ttl_s` is how long what was routed counts, `speculative_weight` what such a block adds to a score: 0 unless
+    asked for, as a score says what is there and a guess is not. `heal` corrects the index where observations prove it
+    wrong: `EventPool.recount`, or None to measure only.
+
     All methods may be called from any thread; they never change the index.
     """
 
     def __init__(
-        self, index: Index, block_size: int | None = None, *, tier_weights: Mapping[str, float] | None = None
+        self,
+        index: Index,
+        block_size: int | None = None,
+        *,
+        tier_weights: Mapping[str, float] | None = None,
+        speculative_weight: float = 0.0,
+        routed_ttl_s: float = ROUTED_TTL_S,
+        heal: Heal | None = None,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise InvalidRequest(f"block_size: expected at least 1, got {block_size}")
         for name, weight in (tier_weights or {}).items():
             if not weight >= 0:
                 raise InvalidRequest(f"tier_weights[{name!r}]: expected a number of at least 0, got {weight!r}")
+        if not speculative_weight >= 0:
+            raise InvalidRequest(f"speculative_weight: expected a number of at least 0, got {speculative_weight!r}")
+        self._loop = ClosedLoop(index, block_size, ttl_s=routed_ttl_s, heal=heal)
+        self._speculative_weight = speculative_weight
         self._index = index
         self._block_size = block_size
         self._weights = {**TIER_WEIGHTS, **{name.lower(): weight for name, weight in (tier_weights or {}).items()}}
@@ -88,6 +111,8 @@ class PrefixScorer:
         prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
         held = self._index.match(prompt, pods=_names_of(pods), block_size=self._block_size)
         size = self.block_size(prompt.model)
+        if self._loop.amends:
+            held = self._loop.amended(held, prompt, size)
         judge = _Judge(self._weights, size)
         matches = []
         for holding in held:
@@ -99,8 +124,23 @@ class PrefixScorer:
                     pod, rank, tokens // size, tokens, holding.reusable_tokens, score, tiers.copy(), trust, degraded
                 )
             )
+        if self._loop.notes_anything:
+            matches = [self._noted(match, prompt, size) for match in matches]
         matches.sort(key=_by_score)
         return matches
+
+    def _noted(self, match: PodMatch, prompt: Prompt, size: int) -> PodMatch:
+        blocks, reason = self._loop.notes_of(Source(match.pod, match.rank), match.tokens, prompt, size)
+        if not blocks and not reason:
+            return match
+        return msgspec.structs.replace(
+            match,
+            score=match.score + self._speculative_weight * blocks,
+            trust="degraded" if reason else match.trust,
+            reason=match.reason or reason,
+            speculative_blocks=blocks,
+            speculative_tokens=blocks * size,
+        )
 
     def score(
         self,
@@ -116,6 +156,11 @@ class PrefixScorer:
 
         Takes what `match` takes and raises `InvalidRequest` as it does.
         """
+        if self._loop.amends or (self._speculative_weight and self._loop.speculates):
+            matches = self.match(
+                token_ids, model=model, pods=pods, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items
+            )
+            return scores_of(matches)
         prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
         held = self._index.match(prompt, pods=_names_of(pods), block_size=self._block_size, holders_only=True)
         judge = _Judge(self._weights, self.block_size(prompt.model))
@@ -131,6 +176,104 @@ class PrefixScorer:
         order = [(-score, pod) for pod, score in best.items()]
         order.sort()
         return {pod: -score for score, pod in order}
+
+    def routed(
+        self,
+        pod: str,
+        token_ids: Asked,
+        *,
+        model: str | None = None,
+        rank: int | None = None,
+        lora_name: str | int | None = None,
+        cache_salt: str | None = None,
+        mm_items: Sequence[ImageItem] = (),
+    ) -> bool:
+        """Say that a prompt is sent to a pod now; give whether the index knows the pod.
+
+        For `routed_ttl_s` seconds matches report the prompt's blocks as `speculative_blocks` of the pod, and what was
+        predicted is remembered until `observe`. Without a `rank` the one that holds the most is meant. The rest is as
+        in `match`.
+        """
+        prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
+        return self._loop.routed(pod, rank, prompt, self.block_size(prompt.model))
+
+    def observe(
+        self,
+        pod: str,
+        token_ids: Asked,
+        *,
+        cached_tokens: int,
+        model: str | None = None,
+        rank: int | None = None,
+        lora_name: str | int | None = None,
+        cache_salt: str | None = None,
+        mm_items: Sequence[ImageItem] = (),
+    ) -> Observation:
+        """Say how many tokens of a prompt the engine really reused.
+
+        vLLM says it as ``usage.prompt_tokens_details.cached_tokens``, with ``--enable-prompt-tokens-details``.
+        Compared with what was predicted when the prompt was `routed`; without that, with what the index says now. Then
+        an answer that covers the whole prompt is no evidence of a mistake, as the run itself may have put it there.
+        The rest is as in `routed`. Raises `InvalidRequest` also where more is said to be reused than the prompt has.
+        """
+        prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
+        return self._loop.observe(pod, rank, prompt, self.block_size(prompt.model), cached_tokens)
+
+    def observations(self) -> list[Tally]:
+        """Give what was observed so far of each source that is followed."""
+        return self._loop.tallies()
+
+    def stats(self) -> dict[str, int]:
+        """Give counters and gauges of what was routed and observed; counters end in ``_total``."""
+        return self._loop.stats()
+
+    async def arouted(
+        self,
+        pod: str,
+        token_ids: Asked,
+        *,
+        model: str | None = None,
+        rank: int | None = None,
+        lora_name: str | int | None = None,
+        cache_salt: str | None = None,
+        mm_items: Sequence[ImageItem] = (),
+    ) -> bool:
+        """Do what `routed` does, without blocking the event loop."""
+        return await asyncio.to_thread(
+            self.routed,
+            pod,
+            token_ids,
+            model=model,
+            rank=rank,
+            lora_name=lora_name,
+            cache_salt=cache_salt,
+            mm_items=mm_items,
+        )
+
+    async def aobserve(
+        self,
+        pod: str,
+        token_ids: Asked,
+        *,
+        cached_tokens: int,
+        model: str | None = None,
+        rank: int | None = None,
+        lora_name: str | int | None = None,
+        cache_salt: str | None = None,
+        mm_items: Sequence[ImageItem] = (),
+    ) -> Observation:
+        """Do what `observe` does, without blocking the event loop."""
+        return await asyncio.to_thread(
+            self.observe,
+            pod,
+            token_ids,
+            cached_tokens=cached_tokens,
+            model=model,
+            rank=rank,
+            lora_name=lora_name,
+            cache_salt=cache_salt,
+            mm_items=mm_items,
+        )
 
     async def amatch(
         self,
@@ -239,6 +382,6 @@ def scores_of(matches: Sequence[PodMatch]) -> dict[str, float]:
     """Give the score of the best rank of each pod that holds at least the first block of a prompt."""
     scores: dict[str, float] = {}
     for match in matches:
-        if match.tokens and match.score > scores.get(match.pod, -1.0):
+        if (match.tokens or match.score) and match.score > scores.get(match.pod, -1.0):
             scores[match.pod] = match.score
     return scores

@@ -101,6 +101,47 @@ def test_the_other_routes(client):
     assert ask(client).json()["best"] == "pod-b"
 
 
+def tell(client, route, **body):
+    told = {"model": MODEL, "pod": "pod-b", "token_ids": list(range(40))} | body
+    return client.post(f"/v1/{route}", json={name: value for name, value in told.items() if value is not None})
+
+
+def test_what_routers_tell_back(client):
+    assert tell(client, "routed").json() == {"pod": "pod-b"}
+    matches = {match["pod"]: match for match in ask(client).json()["matches"]}
+    assert (matches["pod-b"]["blocks"], matches["pod-b"]["speculative_blocks"]) == (1, 1)
+    assert (matches["pod-a"]["speculative_tokens"], matches["pod-b"]["speculative_tokens"]) == (0, 16)
+    seen = tell(client, "observe", cached_tokens=16).json()
+    assert (seen["outcome"], seen["predicted_tokens"], seen["error_blocks"]) == ("routed_elsewhere", 16, 0)
+    assert tell(client, "observe", pod="pod-a", cached_tokens=32, rank=0).json()["outcome"] == "reused"
+    metrics = client.get("/metrics").text
+    assert 'kvindex_observations_total{outcome="routed_elsewhere",pod="pod-b",rank="0"} 1.0' in metrics
+    assert 'kvindex_prediction_error_blocks_bucket{le="0.0",pod="pod-a",rank="0"} 1.0' in metrics
+    assert 'kvindex_prediction_error_blocks_count{pod="pod-b",rank="0"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "names"),
+    [
+        ("routed", {"pod": "nobody"}, 404, "nobody"),
+        ("routed", {"rank": 7}, 404, "rank 7"),
+        ("observe", {"pod": "nobody", "cached_tokens": 1}, 404, "nobody"),
+        ("observe", {}, 400, "cached_tokens"),
+        ("observe", {"cached_tokens": 41}, 400, "cached_tokens"),
+        ("observe", {"cached_tokens": -1}, 400, "cached_tokens"),
+        ("observe", {"cached_tokens": 1, "token_ids": [1] * 101}, 400, "token_ids"),
+        ("routed", {"token_ids": [-1]}, 400, "token_ids"),
+        ("routed", {"pod": None}, 400, "pod"),
+        ("routed", {"cached_tokens": 1}, 400, "cached_tokens"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_by_name(client, route, body, status, names):
+    response = tell(client, route, **body)
+    assert response.status_code == status
+    assert names in response.json()["detail"]
+    assert 'pod="nobody"' not in client.get("/metrics").text
+
+
 def test_questions_in_parallel(client):
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(ask(client).json()["best"])) for _ in range(8)]

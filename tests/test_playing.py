@@ -130,7 +130,7 @@ def test_publishing_goes_where_it_is_told():
 
 def test_what_is_shown_of_a_pod():
     status = PodStats("a", 1, "m", 5, {"gpu": 3, "cpu": 2}, [16], "exact", "", True, 9, 30, 2, 0.0123, 75.0)
-    now = collect(open_index(), Idle(), Asked(), [])
+    now = collect(open_index(), Idle(), Asked(), {})
     now = msgspec.structs.replace(now, at=20.0, pods=[status])
     before = msgspec.structs.replace(now, at=10.0, pods=[msgspec.structs.replace(status, messages=5)])
     assert cells(status, now, before) == ["a", "1", "m", "exact", "cpu 2 gpu 3", "9", "2.5", "12 ms", "75.0 s", "2"]

@@ -12,6 +12,8 @@
 //! layout it was made from. Slots are used anew only after their last block is gone and was counted as given back; an
 //! answer that was worked out meanwhile is worked out again.
 
+mod snapshot;
+
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -426,6 +428,16 @@ impl Index {
             }
         });
         Ok(())
+    }
+
+    /// Counts one copy of each of these blocks, where more were counted; says no where cache groups decide.
+    pub fn recount(&self, name: &Name, keys: &[u64]) -> Result<bool, Refusal> {
+        let tracked = self.require(name)?;
+        let mut ledger = tracked.ledger.lock();
+        if ledger.gone {
+            return Err(Refusal::NotRegistered);
+        }
+        Ok(ledger.recount(&keys.iter().copied().collect(), &self.here(None)))
     }
 
     /// Drops blocks that outlived `silent_tier_ttl_s`.

@@ -1,13 +1,15 @@
 //! The ledger of one source: which blocks its engine named, and which block keys those are. The twin of
 //! `indexer/ledger.py`, which says why each step is as it is; here the changes go to the table of blocks at once.
 
+mod dump;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crossbeam_epoch::pin;
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 
 use crate::blocks::{Blocks, Step};
 use crate::events::{EngineHash, Removed, Stored};
@@ -35,7 +37,7 @@ macro_rules! counters {
 
 counters! {
     stored, removed, cleared, restarts, copies, hash_conflicts, parked, unplaced, partial_blocks, removed_unknown,
-    expired, evicted, too_many_slots,
+    expired, evicted, recounted, too_many_slots,
 }
 
 /// Adds to a counter.
@@ -516,6 +518,22 @@ impl Ledger {
                 Some(copies) => *copies -= 1,
             }
         }
+    }
+
+    /// Counts one copy of each of these blocks, where more were counted; says no where cache groups decide.
+    pub fn recount(&mut self, keys: &HashSet<u64>, at: &Here) -> bool {
+        if self.groups.len() > 1 || self.groups.iter().any(|(_, spec)| spec.tail.is_some()) {
+            return false;
+        }
+        for slot in self.slots.iter_mut().filter(|slot| slot.tier == Tier::Gpu) {
+            let Slot { held, copies, .. } = slot;
+            copies.retain(|name, number| {
+                let wrong = keys.contains(&held.get(*name, at.secret));
+                count(&at.counters.recounted, if wrong { *number as usize - 1 } else { 0 });
+                !wrong
+            });
+        }
+        true
     }
 
     /// Takes a name out of a slot that has it, and remembers it.

@@ -1,6 +1,7 @@
 //! The index of kv-cache-indexer at memory speed. See `README.md` beside `Cargo.toml` for who locks what.
 
 pub mod blocks;
+pub mod columns;
 pub mod events;
 pub mod groups;
 pub mod holders;

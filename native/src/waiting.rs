@@ -165,6 +165,37 @@ impl WaitingRoom {
         Some(parked)
     }
 
+    /// The events that wait, in the order in which they came.
+    pub fn parked(&self) -> Vec<&ParkedEvent> {
+        let mut events: Vec<_> = self.events.iter().collect();
+        events.sort_unstable_by_key(|(id, _)| **id);
+        events.into_iter().map(|(_, parked)| parked).collect()
+    }
+
+    /// The copies that wait for their tokens, the names in order and the copies of each.
+    pub fn unplaced(&self) -> Vec<(EngineHash, &Place, u32)> {
+        let names = self.unplaced.order.values().map(|name| (*name, &self.unplaced.values[name].1));
+        names.flat_map(|(name, copies)| copies.iter().map(move |(place, size)| (name, place, *size))).collect()
+    }
+
+    /// Keeps an event that waited before, with what was removed of it.
+    pub fn put_back(&mut self, parked: &ParkedEvent, parent: EngineHash) {
+        let (id, place) = (self.next_event, parked.place());
+        self.park(&parked.event, parent);
+        let Some(event) = self.events.get_mut(&id) else { return };
+        event.removed.clone_from(&parked.removed);
+        for name in &parked.removed {
+            let key = (place.clone(), *name);
+            let Some(copies) = self.parked_copies.get_mut(&key) else { continue };
+            if let Some(mine) = copies.iter().position(|other| *other == id) {
+                copies.remove(mine);
+            }
+            if copies.is_empty() {
+                self.parked_copies.remove(&key);
+            }
+        }
+    }
+
     /// Keeps a copy of a hash until its tokens are known; `block_size` 0 fits any.
     pub fn wait(&mut self, name: EngineHash, place: &Place, block_size: u32, counted: bool) {
         let copies = self.unplaced.entry(&name);

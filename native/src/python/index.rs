@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use crate::events::Event;
 use crate::index::{self, Name};
@@ -99,6 +99,37 @@ impl Index {
     fn degrade(&self, source: &Bound<'_, PyTuple>, reason: &str) -> PyResult<bool> {
         let name = name_of(source)?;
         Ok(source.py().detach(|| self.index.degrade(&name, reason)).is_ok())
+    }
+
+    /// Counts one copy of each of these blocks; None where the source is not followed, no where it has cache groups.
+    fn recount(&self, source: &Bound<'_, PyTuple>, keys: Vec<u64>) -> PyResult<Option<bool>> {
+        let name = name_of(source)?;
+        Ok(source.py().detach(|| self.index.recount(&name, &keys)).ok())
+    }
+
+    /// All sources in the order in which they were registered.
+    fn followed(&self, py: Python<'_>) -> Vec<Py<PyTuple>> {
+        let all = py.detach(|| self.index.followed());
+        all.iter().map(|tracked| label_of(py, tracked)).collect()
+    }
+
+    /// All that is known of a source as bytes, None where it is not followed.
+    fn dump<'py>(&self, source: &Bound<'py, PyTuple>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let (py, name) = (source.py(), name_of(source)?);
+        let bytes = py.detach(|| self.index.dump(&name));
+        Ok(bytes.ok().map(|bytes| PyBytes::new(py, &bytes)))
+    }
+
+    /// Follows a source from where it was when it was dumped; says what is wrong with the bytes, "" where nothing is.
+    fn load(&self, section: &Bound<'_, PyBytes>, source: &Bound<'_, PyTuple>) -> PyResult<String> {
+        let (bytes, name, label) = (section.as_bytes(), name_of(source)?, source.clone().unbind());
+        let loaded = source.py().detach(|| self.index.load(bytes, &name, || Box::new(label)));
+        Ok(loaded.err().unwrap_or_default())
+    }
+
+    /// Places what waits in shared caches and is known by now.
+    fn settle(&self, py: Python<'_>) {
+        py.detach(|| self.index.settle_shared());
     }
 
     fn expire(&self, py: Python<'_>) {

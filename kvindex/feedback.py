@@ -1,0 +1,139 @@
+"""What routers tell the service back: where they sent a prompt, and what the engine reused of it."""
+
+from collections.abc import Iterator
+
+import msgspec
+from litestar import post
+from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import JSONBody
+from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_404_NOT_FOUND
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvevents import discovery
+from kvindex.pods import name_of
+from scorer import ERROR_BOUNDS, Observation, PrefixScorer, ScorerError
+
+
+class RoutedRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A prompt is sent to this pod now."""
+
+    pod: str
+    model: str
+    token_ids: list[int]
+    rank: int | None = None
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    mm_items: list[tuple[str, int, int]] = []
+
+
+class ObserveRequest(RoutedRequest, kw_only=True, forbid_unknown_fields=True):
+    """The pod reused so many tokens of it."""
+
+    cached_tokens: int
+
+
+class RoutedAnswer(msgspec.Struct):
+    """What was noted."""
+
+    pod: str
+
+
+def feedback_routes(
+    scorer: PrefixScorer, followed: discovery.Follower, *, max_tokens: int, max_body_bytes: int
+) -> list[HTTPRouteHandler]:
+    """Make `/v1/routed` and `/v1/observe`. A pod that the index does not know is answered with 404."""
+
+    def check(data: RoutedRequest) -> None:
+        if len(data.token_ids) > max_tokens:
+            raise HTTPException(
+                status_code=HTTP_400_BAD_REQUEST,
+                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
+            )
+
+    @post("/v1/routed", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
+    async def routed(data: JSONBody[RoutedRequest]) -> RoutedAnswer:
+        """Say that a prompt is sent to a pod now: its blocks count as speculative for a while."""
+        check(data)
+        try:
+            known = await scorer.arouted(
+                name_of(data.pod, followed),
+                data.token_ids,
+                model=data.model,
+                rank=data.rank,
+                lora_name=data.lora_name,
+                cache_salt=data.cache_salt,
+                mm_items=data.mm_items,
+            )
+        except ScorerError as error:
+            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
+        if not known:
+            raise _unknown(data)
+        return RoutedAnswer(data.pod)
+
+    @post("/v1/observe", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
+    async def observe(data: JSONBody[ObserveRequest]) -> Observation:
+        """Say what the engine reused of a prompt: the error of the prediction is measured."""
+        check(data)
+        try:
+            seen = await scorer.aobserve(
+                name_of(data.pod, followed),
+                data.token_ids,
+                cached_tokens=data.cached_tokens,
+                model=data.model,
+                rank=data.rank,
+                lora_name=data.lora_name,
+                cache_salt=data.cache_salt,
+                mm_items=data.mm_items,
+            )
+        except ScorerError as error:
+            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
+        if seen.outcome == "unknown_pod":
+            raise _unknown(data)
+        return seen
+
+    return [routed, observe]
+
+
+def _unknown(data: RoutedRequest) -> HTTPException:
+    rank = "" if data.rank is None else f", rank {data.rank}"
+    return HTTPException(
+        status_code=HTTP_404_NOT_FOUND,
+        detail=f"pod {data.pod[:200]!r}{rank}: no such pod of model {data.model[:200]!r}; GET /v1/pods lists them",
+    )
+
+
+class FeedbackMetrics(Collector):
+    """What was observed, as metrics. Only pods that the index knows have a label."""
+
+    def __init__(self, scorer: PrefixScorer) -> None:
+        self._scorer = scorer
+
+    def collect(self) -> Iterator[Metric]:
+        """Read all metrics."""
+        labels = ["pod", "rank"]
+        errors = HistogramMetricFamily(
+            "kvindex_prediction_error_blocks", "Blocks predicted less blocks reused, without sign", labels=labels
+        )
+        outcomes = CounterMetricFamily("kvindex_observations", "Observed requests", labels=[*labels, "outcome"])
+        drifting = GaugeMetricFamily("kvindex_pod_drifting", "1 where predictions keep missing", labels=labels)
+        for tally in self._scorer.observations():
+            names = [tally.source.pod, str(tally.source.rank)]
+            buckets, total = [], 0
+            for bound, count in zip([*ERROR_BOUNDS, None], tally.errors, strict=True):
+                total += count
+                buckets.append(("+Inf" if bound is None else str(float(bound)), total))
+            errors.add_metric(names, buckets, tally.error_sum)
+            for outcome, count in sorted(tally.outcomes.items()):
+                outcomes.add_metric([*names, outcome], count)
+            drifting.add_metric(names, tally.drifting)
+        stats = self._scorer.stats()
+        outcomes.add_metric(["", "", "unknown_pod"], stats.pop("unknown_pods_total"))
+        yield errors
+        yield outcomes
+        yield drifting
+        for name, value in stats.items():
+            plain = name.removesuffix("_total")
+            family = CounterMetricFamily if plain != name else GaugeMetricFamily
+            yield family(f"kvindex_scorer_{plain}", f"{plain} of the scorer", value=value)

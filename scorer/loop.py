@@ -1,0 +1,160 @@
+"""The closed loop around an index: what was routed, what was reused, and what both say beyond the index's answers."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from indexer import Holding, Index, Prompt, Run, Source
+from scorer.errors import InvalidRequest
+from scorer.observing import Heal, Observation, Observer, Prediction, Route, Tally
+from scorer.speculation import Overlay
+
+ROUTED_TTL_S = 5.0
+"""Queueing and prefill of a long prompt take seconds; a request that takes longer has no cache to share soon."""
+
+_FOLLOW_EVERY_S = 1.0
+
+
+class Notes(NamedTuple):
+    """What is known of a source beyond its holding."""
+
+    speculative_blocks: int
+    reason: str
+    """Why it is called degraded by its errors, "" where it is not."""
+
+
+class ClosedLoop:
+    """See the module. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        index: Index,
+        block_size: int | None,
+        *,
+        ttl_s: float,
+        heal: Heal | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not ttl_s > 0:
+            raise InvalidRequest(f"routed_ttl_s: expected more than 0 seconds, got {ttl_s!r}")
+        self._index = index
+        self._block_size = block_size
+        self._routed = Overlay(ttl_s, clock=clock)
+        self._observer = Observer(heal, clock=clock)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._follow_at = 0.0
+        self._drifting: dict[Source, str] = {}
+
+    @property
+    def amends(self) -> bool:
+        """Whether `amended` may say anything else than the index."""
+        return bool(self._observer.held)
+
+    @property
+    def notes_anything(self) -> bool:
+        """Whether `notes_of` may say anything."""
+        return bool(self._routed) or bool(self._drifting)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether requests are on their way."""
+        return bool(self._routed)
+
+    def amended(self, holdings: Sequence[Holding], prompt: Prompt, size: int) -> list[Holding]:
+        """Add to what the index says what its sources evidently have besides."""
+        keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+        amended = []
+        for holding in holdings:
+            more = size * self._observer.held.run(holding.source, keys, holding.tokens // size)
+            if more:
+                tokens = holding.tokens + more
+                reusable = min(tokens, max(0, prompt.length - 1) // size * size)
+                runs = (*holding.runs, Run(more, ("gpu",)))
+                amended.append(Holding(holding.source, tokens, reusable, runs, holding.degraded))
+            else:
+                amended.append(holding)
+        return amended
+
+    def notes_of(self, source: Source, tokens: int, prompt: Prompt, size: int) -> Notes:
+        """Say what is known of a source that holds so many tokens of a prompt."""
+        blocks = 0
+        if self._routed:
+            keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+            blocks = self._routed.run(source, keys, tokens // size)
+        return Notes(blocks, self._drifting.get(source, ""))
+
+    def routed(self, pod: str, rank: int | None, prompt: Prompt, size: int) -> bool:
+        """Note that a prompt was sent to a pod; say no where the index does not know the pod."""
+        prediction = self._predict(pod, rank, prompt, size)
+        if prediction is None:
+            return False
+        keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+        self._observer.expect(_route(pod, rank, keys, prompt), prediction)
+        self._routed.add(prediction.source, keys)
+        return True
+
+    def observe(self, pod: str, rank: int | None, prompt: Prompt, size: int, cached_tokens: int) -> Observation:
+        """Take what the engine reused of a prompt."""
+        if not 0 <= cached_tokens <= prompt.length:
+            raise InvalidRequest(
+                f"cached_tokens: expected 0 to {prompt.length}, the length of the prompt, got {cached_tokens!r}"
+            )
+        self._follow()
+        keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+        prediction = self._observer.expected(_route(pod, rank, keys, prompt))
+        comparable = True
+        if prediction is not None:  # it has run: from now on events say what is there
+            self._routed.discard(prediction.source, keys)
+        if prediction is None:
+            prediction = self._predict(pod, rank, prompt, size)
+            if prediction is None:
+                self._observer.unknown += 1
+                return Observation(pod, rank or 0, 0, cached_tokens, 0, "unknown_pod", drifting=False)
+            # nobody said what was known before the run; where the index has the whole prompt, it is from the run itself
+            whole = prediction.tokens // size == max(0, prompt.length - 1) // size
+            comparable = not (whole and prediction.tokens // size > cached_tokens // size)
+        seen = self._observer.observe(prediction, cached_tokens, keys, size, comparable=comparable)
+        if seen.drifting != (prediction.source in self._drifting):
+            self._drifting = self._observer.drifting
+        return seen
+
+    def tallies(self) -> list[Tally]:
+        """Give all that was observed, by source."""
+        return self._observer.tallies()
+
+    def stats(self) -> dict[str, int]:
+        """Give counters and gauges; counters end in ``_total``."""
+        return {
+            "speculative_blocks": len(self._routed),
+            "speculative_dropped_total": self._routed.dropped,
+            "amended_blocks": len(self._observer.held),
+            "unknown_pods_total": self._observer.unknown,
+        }
+
+    def _predict(self, pod: str, rank: int | None, prompt: Prompt, size: int) -> Prediction | None:
+        holdings = self._index.match(prompt, block_size=self._block_size)
+        if self.amends:
+            holdings = self.amended(holdings, prompt, size)
+        mine = [held for held in holdings if held.source.pod == pod and rank in (None, held.source.rank)]
+        if not mine:
+            return None
+        best = max(mine, key=lambda held: held.tokens)
+        elsewhere = max((held.reusable_tokens for held in holdings if held.source != best.source), default=0)
+        speculative = size * self.notes_of(best.source, best.tokens, prompt, size).speculative_blocks
+        return Prediction(best.source, best.reusable_tokens, elsewhere, speculative)
+
+    def _follow(self) -> None:
+        """Now and then, hear which sources are gone or began anew."""
+        now = self._clock()
+        with self._lock:
+            if now < self._follow_at:
+                return
+            self._follow_at = now + _FOLLOW_EVERY_S
+        self._observer.follow({status.source: status.incarnation for status in self._index.sources()})
+        self._drifting = self._observer.drifting
+
+
+def _route(pod: str, rank: int | None, keys: Sequence[int], prompt: Prompt) -> Route:
+    return pod, rank, keys[-1] if keys else None, prompt.length
