@@ -1,4 +1,4 @@
-"""From what clients send to prompts: text and chat messages, through templates, tokenizers and what is known of both."""
+"""From what clients send to prompts: text and chat messages, through templates and tokenizers."""
 
 import asyncio
 import functools
@@ -41,8 +41,8 @@ class Timings(msgspec.Struct):
 class RemoteTokenizer(Protocol):
     """Somebody else who tokenizes, asked where there is no tokenizer here. May be called from many threads.
 
-    Both raise `NoTokenizer` for a model that he does not know, `InvalidRequest` for what he refuses, `Unavailable` where
-    he does not answer.
+    Both raise `NoTokenizer` for a model that he does not know, `InvalidRequest` for what he refuses, `Unavailable`
+    where he does not answer.
     """
 
     def text(self, text: str, *, model: str, add_special_tokens: bool) -> list[int]:
@@ -114,11 +114,10 @@ class Prompts:
         """
         timings = timings if timings is not None else Timings()
         who = request.identity
-        model, lora = self.tokenizers.resolve(who.model)
-        if lora is None:
-            lora = who.lora_name
-        elif who.lora_name not in (None, lora):
-            raise InvalidRequest(f"lora_name: {who.lora_name!r}, but model {who.model!r} is the adapter {lora!r}")
+        model, adapter = self.tokenizers.resolve(who.model)
+        if adapter is not None and who.lora_name not in (None, adapter):
+            raise InvalidRequest(f"lora_name: {who.lora_name!r}, but model {who.model!r} is the adapter {adapter!r}")
+        lora = who.lora_name if adapter is None else adapter
         if request.chat is not None:
             return [_prompt(self._chat(request.chat, request, model, timings), model, lora, request)]
         self._check_length(sum(len(text) for text in request.prompts if isinstance(text, str)), request.field)

@@ -1,21 +1,17 @@
 """Scores for text, chat messages and OpenAI request bodies: what a scorer answers beside token ids."""
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
-
-import msgspec
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from indexer import ImageItem, Prompt
-from scorer.errors import InvalidRequest
+from scorer.matches import PodMatch, sum_of_matches, sum_of_scores
+from scorer.messages import Message
 from scorer.prompts import Prompts, Timings
-from scorer.requests import Request
 
-M = TypeVar("M")
 A = TypeVar("A")
-
-Message = Mapping[str, Any]
 
 
 class PromptOptions(TypedDict, total=False):
@@ -40,8 +36,8 @@ class ChatOptions(PromptOptions, total=False):
     reasoning_effort: str | None
 
 
-class Questions(ABC, Generic[M]):
-    """Answers questions about text through the answers about prompts; `M` is one match.
+class Questions(ABC):
+    """Answers questions about text through the answers about prompts.
 
     `score_...` give the score of each pod, `match_...` what each rank of each pod holds. All of them take `timings`, to
     be filled with the seconds that each stage took; block keys are then made ahead, which a short match would not
@@ -52,10 +48,12 @@ class Questions(ABC, Generic[M]):
     prompts: Prompts
 
     @abstractmethod
-    def _matches(self, prompt: Prompt, pods: Collection[str] | None) -> list[M]: ...
+    def match(self, token_ids: Prompt, *, pods: Collection[str] | None = None) -> list[PodMatch]:
+        """Say what each rank of each pod holds of a prompt, highest score first."""
 
     @abstractmethod
-    def _scores(self, prompt: Prompt, pods: Collection[str] | None) -> dict[str, float]: ...
+    def score(self, token_ids: Prompt, *, pods: Collection[str] | None = None) -> dict[str, float]:
+        """Give the score of each pod that holds at least the first block."""
 
     @abstractmethod
     def block_size(self, model: str) -> int:
@@ -81,7 +79,7 @@ class Questions(ABC, Generic[M]):
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
         **options: Unpack[PromptOptions],
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Give the matches for a text, as the prompt of ``/v1/completions``."""
         return self.match_request({**options, "model": model, "prompt": text}, pods=pods, timings=timings)
 
@@ -105,7 +103,7 @@ class Questions(ABC, Generic[M]):
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
         **options: Unpack[ChatOptions],
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Give the matches for messages, as in the body of ``/v1/chat/completions``."""
         return self.match_request({**options, "model": model, "messages": messages}, pods=pods, timings=timings)
 
@@ -117,21 +115,23 @@ class Questions(ABC, Generic[M]):
         Several prompts in one body are one question: their scores are added up.
         """
         prompts = self.prompts.read(body, timings)
-        answers = [self._ask(prompt, pods, timings, self._scores) for prompt in prompts]
-        return answers[0] if len(answers) == 1 else _sum_of_scores(answers)
+        return sum_of_scores(
+            [self._timed(prompt, timings, lambda each: self.score(each, pods=pods)) for prompt in prompts]
+        )
 
     def match_request(
         self, body: Mapping[str, Any], *, pods: Collection[str] | None = None, timings: Timings | None = None
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Give the matches for an OpenAI completions or chat body as it is, added up over its prompts."""
         return self.match_all(self.prompts.read(body, timings), pods=pods, timings=timings)
 
     def match_all(
         self, prompts: Sequence[Prompt], *, pods: Collection[str] | None = None, timings: Timings | None = None
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Give the matches for prompts of one request, added up."""
-        answers = [self._ask(prompt, pods, timings, self._matches) for prompt in prompts]
-        return answers[0] if len(answers) == 1 else _sum_of_matches(answers)
+        return sum_of_matches(
+            [self._timed(prompt, timings, lambda each: self.match(each, pods=pods)) for prompt in prompts]
+        )
 
     def score_many(
         self, questions: Sequence[Mapping[str, Any] | Prompt], *, pods: Collection[str] | None = None
@@ -143,7 +143,7 @@ class Questions(ABC, Generic[M]):
         bodies = [question for question in questions if not isinstance(question, Prompt)]
         made = iter(self.prompts.each(bodies))
         asked = [[question] if isinstance(question, Prompt) else next(made) for question in questions]
-        return [_sum_of_scores([self._scores(prompt, pods) for prompt in prompts]) for prompts in asked]
+        return [sum_of_scores([self.score(prompt, pods=pods) for prompt in prompts]) for prompts in asked]
 
     async def ascore_prompt(
         self,
@@ -165,7 +165,7 @@ class Questions(ABC, Generic[M]):
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
         **options: Unpack[PromptOptions],
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Do what `match_prompt` does, without blocking the event loop."""
         return await self.amatch_request({**options, "model": model, "prompt": text}, pods=pods, timings=timings)
 
@@ -189,7 +189,7 @@ class Questions(ABC, Generic[M]):
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
         **options: Unpack[ChatOptions],
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Do what `match_chat` does, without blocking the event loop."""
         return await self.amatch_request({**options, "model": model, "messages": messages}, pods=pods, timings=timings)
 
@@ -201,7 +201,7 @@ class Questions(ABC, Generic[M]):
 
     async def amatch_request(
         self, body: Mapping[str, Any], *, pods: Collection[str] | None = None, timings: Timings | None = None
-    ) -> list[M]:
+    ) -> list[PodMatch]:
         """Do what `match_request` does, without blocking the event loop."""
         return await self.prompts.run(self.match_request, body, pods=pods, timings=timings)
 
@@ -209,32 +209,16 @@ class Questions(ABC, Generic[M]):
         self, questions: Sequence[Mapping[str, Any] | Prompt], *, pods: Collection[str] | None = None
     ) -> list[dict[str, float]]:
         """Do what `score_many` does, without blocking the event loop."""
-        import asyncio
-
         # not on the threads of the prompts, which it waits for
         return await asyncio.to_thread(self.score_many, questions, pods=pods)
 
-    def _ask(
-        self,
-        prompt: Prompt,
-        pods: Collection[str] | None,
-        timings: Timings | None,
-        ask: Callable[[Prompt, Collection[str] | None], A],
-    ) -> A:
+    def _timed(self, prompt: Prompt, timings: Timings | None, ask: Callable[[Prompt], A]) -> A:
         if timings is None:
-            return ask(prompt, pods)
+            return ask(prompt)
         begin = time.perf_counter()
         prompt.prepare(self.block_size(prompt.model))
         prepared = time.perf_counter()
-        answer = ask(prompt, pods)
+        answer = ask(prompt)
         timings.keys += prepared - begin
         timings.match += time.perf_counter() - prepared
         return answer
-
-
-def _sum_of_scores(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for answer in answers:
-        for pod, score in answer.items():
-            total[pod] = total.get(pod, 0.0) + score
-    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))

@@ -97,8 +97,8 @@ class _Body(msgspec.Struct):
 def read_request(body: Mapping[str, Any]) -> Request:
     """Read the body of ``/v1/completions`` or ``/v1/chat/completions``. Raises `InvalidRequest`, which names the field.
 
-    ``truncate_prompt_tokens`` of -1 means the model's length to vLLM: a prompt that fits it is left as it is, and one that
-    does not is refused there or cut, which is not known here.
+    ``truncate_prompt_tokens`` of -1 means the model's length to vLLM, which is not known here: the prompt is left as it
+    is, as one that fits would be there.
     """
     try:
         read = msgspec.convert(body, _Body)

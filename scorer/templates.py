@@ -15,10 +15,13 @@ MAX_CONFIG_BYTES = 64 * 1024 * 1024
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What `apply_chat_template` takes for itself, or fills in: as variables they would mean something else to an engine.
-_NOT_VARIABLES = frozenset(
-    ["chat_template", "tokenize", "conversation", "messages", "padding", "truncation", "max_length", "tokenizer_kwargs"]
-    + ["return_tensors", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens"]
-)
+_NOT_VARIABLES = {"chat_template", "tokenize", "conversation", "messages", "padding", "truncation", "max_length"} | {
+    "tokenizer_kwargs",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+}
 # As in transformers (utils/chat_template_utils.py), so that templates that look for odd things see the same.
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")

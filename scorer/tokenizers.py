@@ -112,10 +112,7 @@ class Tokenizers:
         settings = self._models.get(model, ModelSettings())
         named = settings.tokenizer
         # a configured folder is no name of a request: it may be anywhere
-        if named and Path(named).is_dir():
-            folder = Path(named)
-        else:
-            folder = folder_of(named or model, self._folders)
+        folder = Path(named) if named and Path(named).is_dir() else folder_of(named or model, self._folders)
         key = str(folder)
         at, why = self._failed.get(key, (0.0, ""))
         if why and time.monotonic() < at + RETRY_S:
@@ -167,7 +164,8 @@ def _added(named: Any) -> dict[int, AddedToken]:  # noqa: ANN401  (whatever the 
     for number, token in named.items() if isinstance(named, dict) else ():
         if number.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str):
             flags = {
-                flag: bool(token.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                flag: bool(token.get(flag, False))
+                for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
             }
             found[int(number)] = AddedToken(token["content"], **flags)
     return found
