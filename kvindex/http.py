@@ -1,17 +1,15 @@
 """The HTTP service."""
 
 import asyncio
-import time
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, delete, get, post, put
+from litestar import Litestar, Request, Response, delete, get, put
 from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 from litestar.status_codes import (
-    HTTP_200_OK,
     HTTP_201_CREATED,
     HTTP_204_NO_CONTENT,
     HTTP_400_BAD_REQUEST,
@@ -26,29 +24,10 @@ from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from kvindex.pods import forget_pod
+from kvindex.scoring import score_route
 from kvindex.stats import Stats
-from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
-
-
-class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """One question: which pods hold how much of this prompt?"""
-
-    model: str
-    token_ids: list[int]
-    pods: list[str] | None = None
-    lora_name: str | None = None
-    cache_salt: str | None = None
-    mm_items: list[tuple[str, int, int]] = []
-
-
-class ScoreAnswer(msgspec.Struct):
-    """The scores of the pods that hold at least the first block, and all that is known besides."""
-
-    scores: dict[str, float]
-    matches: list[PodMatch]
-    block_size: int
-    prompt_tokens: int
-    best: str | None
+from kvindex.tokenizing import PromptMetrics
+from scorer import PrefixScorer
 
 
 class PodStatus(msgspec.Struct):
@@ -99,35 +78,11 @@ def create_app(
     """
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer))
+    stages = PromptMetrics(scorer.prompts)
+    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), stages)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
-    @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
-        """Say which pods hold how much of a prompt."""
-        if len(data.token_ids) > max_tokens:
-            raise HTTPException(
-                status_code=HTTP_400_BAD_REQUEST,
-                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
-            )
-        checks.asked.note(data.model, data.pods)
-        start = time.perf_counter()
-        try:
-            matches = await scorer.amatch(
-                data.token_ids,
-                model=data.model,
-                pods=None if data.pods is None else followed.resolve(data.pods),
-                lora_name=data.lora_name,
-                cache_salt=data.cache_salt,
-                mm_items=data.mm_items,
-            )
-        except ScorerError as error:
-            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
-        metrics.answered(time.perf_counter() - start)
-        scores = scores_of(matches)
-        best = next(iter(scores), None)
-        size = await asyncio.to_thread(scorer.block_size, data.model)
-        return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
+    score = score_route(scorer, followed, checks, metrics, stages, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @get("/v1/pods")
     async def pods() -> Pods:
@@ -217,7 +172,9 @@ def create_app(
 def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
     details = [_readable(part) for part in error.extra or [] if isinstance(part, dict)]
     problem = Problem(type(error).__name__, error.status_code, "; ".join(details) or error.detail)
-    return Response(problem, status_code=error.status_code, media_type="application/problem+json")
+    return Response(
+        problem, status_code=error.status_code, headers=error.headers, media_type="application/problem+json"
+    )
 
 
 def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:

@@ -15,6 +15,7 @@ from kvindex.config import Config
 from kvindex.errors import UserError
 from kvindex.http import create_app
 from kvindex.pods import follow
+from kvindex.tokenizing import open_prompts
 from scorer import PrefixScorer
 
 
@@ -52,6 +53,7 @@ def run_serve(config: Config) -> int:
             tier_weights=config.scorer.tier_weights,
             routed_ttl_s=config.scorer.routed_ttl_s,
             heal=pool.recount if config.scorer.observe_heal else None,
+            prompts=open_prompts(config.tokenizers, running),
         )
         # a scorer follows nobody, so that nothing is to be said of how it follows
         checks = Checks(index, pool, follower if follows else None)
