@@ -80,8 +80,8 @@ def find_templates(folder: Path, given: str = "") -> Templates:
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """Give a model's special tokens by the names under which templates know them."""
+    config = tokenizer_config(folder)
     found = {}
-    config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     for name in SPECIAL_TOKENS:
         token = config.get(name)
         if isinstance(token, dict):
@@ -89,6 +89,15 @@ def special_tokens(folder: Path) -> dict[str, str]:
         if isinstance(token, str):
             found[name] = token
     return found
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Give what a folder says of its tokenizer beside ``tokenizer.json``, as transformers reads it."""
+    config = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    # older folders have the special tokens in a file of their own, which then goes first
+    return config | read_json(folder / "special_tokens_map.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:

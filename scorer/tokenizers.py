@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from scorer.errors import NoTokenizer
 from scorer.places import folder_of
-from scorer.templates import Templates, find_templates, read_json, special_tokens
+from scorer.templates import SPECIAL_TOKENS, Templates, find_templates, special_tokens, tokenizer_config
 
 MAX_TOKENIZER_BYTES = 512 * 1024 * 1024
 MAX_MODELS = 64
@@ -145,9 +145,9 @@ def _tokenizer_in(folder: Path) -> Tokenizer:
     # a description may say how its texts are cut to size or filled up, but engines do neither
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    config = tokenizer_config(folder)
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    for number, token in sorted(_added(named).items()):
+    for number, token in sorted(_decoder(config.get("added_tokens_decoder")).items()):
         if token.content in known:
             continue
         tokenizer.add_tokens([token])
@@ -156,16 +156,33 @@ def _tokenizer_in(folder: Path) -> Tokenizer:
                 f"{folder / 'tokenizer_config.json'}: added token {token.content!r} is {number} there, "
                 f"but {tokenizer.token_to_id(token.content)} by tokenizer.json"
             )
+        known.add(token.content)
+    # one that is only a word of the vocabulary becomes a token that texts are parted at
+    named = [config.get(name) for name in SPECIAL_TOKENS]
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        more = config.get(name)
+        named += more if isinstance(more, list) else []
+    special = [token for token in map(_special, named) if token is not None]
+    tokenizer.add_tokens([token for token in special if token.content not in known])
     return tokenizer
 
 
-def _added(named: Any) -> dict[int, AddedToken]:  # noqa: ANN401  (whatever the file has)
+def _decoder(named: Any) -> dict[int, AddedToken]:  # noqa: ANN401  (whatever the file has)
     found = {}
     for number, token in named.items() if isinstance(named, dict) else ():
         if number.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str):
-            flags = {
-                flag: bool(token.get(flag, False))
-                for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            }
-            found[int(number)] = AddedToken(token["content"], **flags)
+            found[int(number)] = _added(token, special=bool(token.get("special", False)))
     return found
+
+
+def _special(token: Any) -> AddedToken | None:  # noqa: ANN401
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    if isinstance(token, dict) and isinstance(token.get("content"), str):
+        return _added(token, special=True)
+    return None
+
+
+def _added(token: dict[str, Any], *, special: bool) -> AddedToken:
+    flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    return AddedToken(token["content"], special=special, **flags)
