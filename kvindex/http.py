@@ -164,6 +164,7 @@ def create_app(
             HTTPException: _problem,
             IndexUnavailable: _unavailable,
             RecursionError: _too_deep,
+            UnicodeDecodeError: _no_text,
             HTTP_500_INTERNAL_SERVER_ERROR: _failure,
         },
     )
@@ -179,6 +180,11 @@ def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Proble
 
 def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:
     problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: nested too deeply")
+    return Response(problem, status_code=problem.status, media_type="application/problem+json")
+
+
+def _no_text(_: Request[Any, Any, Any], __: UnicodeDecodeError) -> Response[Problem]:
+    problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: not UTF-8")
     return Response(problem, status_code=problem.status, media_type="application/problem+json")
 
 

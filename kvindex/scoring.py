@@ -118,7 +118,7 @@ def refusal(error: ScorerError) -> HTTPException:
 def _read(scorer: PrefixScorer, body: bytes, timings: Timings) -> list[Prompt]:
     try:
         whole = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:  # in a field that was passed over when it was read first
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # in a field that was passed over when it was read first
         raise InvalidRequest(f"body: {error}") from error
     return scorer.prompts.read(whole, timings)
 
