@@ -73,7 +73,7 @@ class Prompts:
         remote: RemoteTokenizer | None = None,
         threads: int = 2,
         max_waiting: int = 256,
-        max_chars: int = 8 * 1024 * 1024,
+        max_chars: int = 2 * 1024 * 1024,
         trust_templates: bool = False,
     ) -> None:
         for name, value in (("threads", threads), ("max_waiting", max_waiting), ("max_chars", max_chars)):
