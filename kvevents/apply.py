@@ -12,9 +12,10 @@ from structlog.typing import FilteringBoundLogger
 from indexer import Copies, Decoded, Index, InvalidQuestion, LimitReached, Source
 from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
+from kvevents.position import PodPosition, PublisherPosition, RankPosition
 from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
 from kvevents.stream import Stream, Verdict
-from kvevents.trust import ASKED_AGAIN, GAP, MISSED_START, NO_EVENTS_YET, RECONNECTED, UNSURE, Trust
+from kvevents.trust import ASKED_AGAIN, GAP, MISSED_START, NO_EVENTS_YET, RECONNECTED, RESTORED, UNSURE, Trust
 from kvevents.wire import batch_time, decode_batches, name_errors
 
 _NEXT = Verdict.NEXT
@@ -71,6 +72,9 @@ class Applier:
         """Publishers that cannot be reached, and whether what they said is forgotten."""
         self._heard: dict[Publisher, float] = {}
         """When a publisher spoke last."""
+        self._restored: dict[Publisher, PublisherPosition] = {}
+        """Publishers that were loaded from a snapshot and not followed since."""
+        self._restored_at = 0.0
         self._anew: set[Publisher] = set()
         """Publishers that say all that their caches hold from their next message on."""
         self._model = model
@@ -124,9 +128,85 @@ class Applier:
                 if flow.stream.last is not None:
                     self._trust.judge(publisher, flow.source, RECONNECTED)
 
-    def follow(self, publisher: Publisher) -> None:
-        """Hear that messages of a publisher can be asked for again."""
-        self._recoveries[publisher] = Recovery(first=_first_of(publisher.pod))
+    def follow(self, publisher: Publisher, *, replays: bool, model: str = "") -> None:
+        """Hear that a publisher is subscribed, of a `model` if that is known, and whether its messages can be asked for
+        again.
+
+        One that was loaded from a snapshot goes on from there. Where the pod is another one by now, what was loaded of
+        it is forgotten.
+        """
+        restored = self._restored.get(publisher)
+        mine = {known for known in self._restored if known.pod == publisher.pod}
+        is_another = restored is None or (model and restored.model != model)
+        if mine and is_another and mine >= self._publishers(publisher.pod):
+            self.forget(publisher.pod, keep=False)
+        restored = self._restored.pop(publisher, None)
+        if replays:
+            position = restored.position if restored else None
+            self._recoveries[publisher] = Recovery(_first_of(publisher.pod), position)
+            if restored and position:
+                for rank in restored.ranks:
+                    self._trust.judge(publisher, Source(publisher.pod, rank.rank), rank.verdict)
+                return  # behind, until it was asked
+        self._trust.call_behind(publisher, "")
+
+    def positions(self, pod: str, models: Mapping[Source, str]) -> PodPosition:
+        """Say how far the publishers of a pod were followed. `models` names those of sources."""
+        known = self._publishers(pod) | {publisher for publisher in self._restored if publisher.pod == pod}
+        return PodPosition(pod, [self._position(publisher, models) for publisher in sorted(known)])
+
+    def _position(self, publisher: Publisher, models: Mapping[Source, str]) -> PublisherPosition:
+        flows = self._flows.get(publisher, {})
+        position = self._recoveries[publisher].position if publisher in self._recoveries else None
+        verdicts = {flow.source: self._trust.verdict(flow.source) for flow in flows.values()}
+        if publisher in self._restored and self._restored[publisher].position:
+            position = self._restored[publisher].position
+            verdicts |= {Source(publisher.pod, rank.rank): rank.verdict for rank in self._restored[publisher].ranks}
+        return PublisherPosition(
+            publisher.endpoint,
+            next((models.get(flow.source, "") for flow in flows.values()), ""),
+            [RankPosition(rank, flow.stream.last, verdicts[flow.source]) for rank, flow in sorted(flows.items())],
+            *(position or ()),
+        )
+
+    def restore(self, pod: PodPosition) -> None:
+        """Go on with a pod whose sources were loaded from a snapshot, from where it was followed.
+
+        Until it is known what was said since, none of them counts as exact.
+        """
+        self._restored_at = now = time.monotonic()
+        for known in pod.publishers:
+            publisher = Publisher(pod.pod, known.endpoint)
+            self._restored[publisher] = known
+            self._heard[publisher] = now
+            flows = {}
+            for rank in known.ranks:
+                flow = flows[rank.rank] = _Flow(Source(pod.pod, rank.rank), Stream(first=_first_of(pod.pod)))
+                flow.stream.last = rank.last
+                if rank.last is not None:
+                    self.sequences[flow.source] = rank.last
+            if flows:
+                self._flows[publisher] = flows
+            for flow in flows.values():
+                self._trust.judge(publisher, flow.source, RECONNECTED)
+            if known.position is not None:
+                self._trust.call_behind(publisher, RESTORED)
+
+    def catching_up(self) -> set[str]:
+        """Give the pods of which it is not known yet what they said: since their snapshot, or at all."""
+        return {
+            publisher.pod
+            for publisher, recovery in list(self._recoveries.items())
+            if recovery.is_behind and publisher not in self._unreachable
+        }
+
+    def not_followed(self, endpoints: Collection[str]) -> dict[Publisher, float]:
+        """Give the publishers that were loaded from a snapshot, and for how many seconds nobody has subscribed them.
+
+        Those that come by these endpoints are not subscribed.
+        """
+        since = time.monotonic() - self._restored_at
+        return {publisher: since for publisher in self._restored if publisher.endpoint not in endpoints}
 
     @property
     def is_recovering(self) -> bool:
@@ -149,7 +229,7 @@ class Applier:
         say.
         """
         if recovery.is_behind:
-            self._trust.call_behind(publisher, ASKED_AGAIN)
+            self._trust.call_behind(publisher, RESTORED if recovery.is_restored else ASKED_AGAIN)
         for action in actions:
             match action:
                 case Deliver(messages):
@@ -188,8 +268,8 @@ class Applier:
         """Hear which publishers cannot be reached, and for how long: 1 is when they stop being scored, 2 when what they
         hold is forgotten. All others can be reached.
 
-        `visitors` are endpoints to which pods connect by themselves: of those nothing is kept, as they may never come
-        again.
+        `visitors` are endpoints that are not subscribed: pods connect to them, or nobody follows them any more. Of
+        those nothing is kept, as they may never come again.
         """
         for publisher, long in unreachable.items():
             if long >= 1 and publisher not in self._unreachable:
@@ -202,7 +282,7 @@ class Applier:
                 self._log.info("forgotten", pod=publisher.pod, endpoint=publisher.endpoint)
                 self.counters["forgotten_total"] += 1
                 if publisher.endpoint in visitors and all(
-                    other == publisher for other in self._publishers(publisher.pod)
+                    other == publisher or self._unreachable.get(other) for other in self._publishers(publisher.pod)
                 ):
                     self.forget(publisher.pod, keep=False)
                 else:
@@ -216,7 +296,7 @@ class Applier:
         """Forget what a publisher said that will hardly come back as the same engine."""
         self._trust.call_behind(publisher, "")
         if publisher in self._recoveries:
-            self.follow(publisher)
+            self._recoveries[publisher] = Recovery(_first_of(publisher.pod))
         for source in self._sources_of(publisher):
             self._trust.judge(publisher, source, NO_EVENTS_YET)
             with suppress(InvalidQuestion):
@@ -393,6 +473,7 @@ class Applier:
         self._flows = {publisher: flows for publisher, flows in self._flows.items() if publisher.pod != pod}
         self._recoveries = {publisher: known for publisher, known in self._recoveries.items() if publisher.pod != pod}
         self._trust.forget(pod)
+        self._restored = {publisher: known for publisher, known in self._restored.items() if publisher.pod != pod}
         self._unreachable = {publisher: gone for publisher, gone in self._unreachable.items() if publisher.pod != pod}
         self._heard = {publisher: at for publisher, at in self._heard.items() if publisher.pod != pod}
         self._anew = {publisher for publisher in self._anew if publisher.pod != pod}

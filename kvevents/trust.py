@@ -11,6 +11,7 @@ NO_EVENTS_YET = "no events yet: nothing was received from this source"
 MISSED_START = "gap: what the engine announced before we listened is unknown"
 GAP = "gap: messages were lost"
 ASKED_AGAIN = "behind: messages were asked for again, and are on their way"
+RESTORED = "behind: loaded from a snapshot, and what was said since was not had yet"
 RECONNECTED = "unsure: the connection was lost, and what was said meanwhile cannot be asked for"
 NOT_REACHED = f"{UNREACHABLE}: nothing was heard of this source for long"
 UNSURE = "unsure: messages may be missing, and could not be had again"
@@ -32,7 +33,7 @@ class Trust:
         self._unreachable: set[Publisher] = set()
 
     def judge(self, publisher: Publisher, source: Source, reason: str) -> None:
-        """Say what the numbers of a source's messages mean for it, "" where nothing. It shows when nothing else does."""
+        """Say what the numbers of a source's messages mean for it, "" where nothing. Shown when nothing is worse."""
         self._verdicts[source] = reason
         if publisher not in self._behind and publisher not in self._unreachable:
             self._show(publisher, source)

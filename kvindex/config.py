@@ -20,7 +20,7 @@ from scorer import ModelSettings
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
 _LISTS = {"pods", "bind"}
-_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "folders", "models", "aliases", "loras"}
+_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers", "folders", "models", "aliases", "loras"}
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +70,18 @@ class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dns: list[discovery.DnsFollow] = []
     kubernetes: list[discovery.KubernetesFollow] = []
     sglang: list[discovery.SglangFollow] = []
+
+
+class SnapshotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an index in this process goes on from after a restart, see `docs/snapshots.md`."""
+
+    path: str = ""
+    """A file that is written every `interval_s` seconds and at the end, and read at the start."""
+    interval_s: Annotated[float, Meta(ge=1)] = 60.0
+    peers: list[str] = []
+    """Services that follow the same pods, as ``http://kvindex:8080``: asked at the start, before the file is read."""
+    max_bytes: Annotated[int, Meta(ge=1_048_576)] = 16 * 1024**3
+    """How long a peer's snapshot may be."""
 
 
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,6 +148,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pods: list[discovery.PodEntry] = []
     bind: list[BindConfig] = []
     discovery: DiscoveryConfig = DiscoveryConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     scorer: ScorerConfig = ScorerConfig()
     tokenizers: TokenizersConfig = TokenizersConfig()
     http: HttpConfig = HttpConfig()
