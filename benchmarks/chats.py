@@ -36,7 +36,7 @@ def long_turns(dialogues: list[list[dict[str, Any]]], folder: Path, tokens: int)
             if messages and message["role"] == "system":
                 continue
             messages.append(message)
-            if message["role"] == "assistant" or (len(messages) % 2 and not found):
+            if message["role"] == "assistant":
                 continue
             (prompt,) = prompts.read({"model": MODEL, "messages": messages})
             if prompt.length >= tokens:

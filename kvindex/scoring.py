@@ -49,7 +49,6 @@ class ScoreAnswer(msgspec.Struct, omit_defaults=True):
     """Seconds by stage, where the question asked for them."""
 
 
-_WITH_TOKENS = {field.name for field in msgspec.structs.fields(ScoreRequest)} - {"prompt", "messages"}
 _NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -75,7 +74,7 @@ def score_route(
         pods = None if data.pods is None else followed.resolve(data.pods)
         try:
             if data.token_ids is not None:
-                _refuse_unknown(await request.body())
+                refuse_unknown(ScoreRequest, await request.body())
                 _check_length("token_ids", len(data.token_ids), max_tokens)
             if data.token_ids is not None and not data.timings and adapter is None:
                 length = len(data.token_ids)
@@ -88,9 +87,8 @@ def score_route(
                     mm_items=data.mm_items,
                 )
             else:
-                prompts = await scorer.prompts.run(_read, scorer, await request.body(), timings)
+                prompts = await read_prompts(scorer, await request.body(), timings, max_tokens=max_tokens)
                 length = sum(prompt.length for prompt in prompts)
-                _check_length("prompt" if data.messages is None else "messages", length, max_tokens)
                 asked = timings if data.timings else None
                 matches = await asyncio.to_thread(scorer.match_all, prompts, pods=pods, timings=asked)
         except ScorerError as error:
@@ -115,19 +113,31 @@ def refusal(error: ScorerError) -> HTTPException:
     return HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error))
 
 
-def _read(scorer: PrefixScorer, body: bytes, timings: Timings) -> list[Prompt]:
+async def read_prompts(
+    scorer: PrefixScorer, body: bytes, timings: Timings | None = None, *, max_tokens: int
+) -> list[Prompt]:
+    """Give the prompts of a body, made off the event loop. Raises `ScorerError`."""
+    field, prompts = await scorer.prompts.run(_read, scorer, body, timings)
+    _check_length(field, sum(prompt.length for prompt in prompts), max_tokens)
+    return prompts
+
+
+def refuse_unknown(kind: type[msgspec.Struct], body: bytes) -> None:
+    """Refuse what a body has beside token ids and their like: a name spelt wrong must not change an answer unseen."""
+    known = {field.name for field in msgspec.structs.fields(kind)} - {"prompt", "messages"}
+    if unknown := sorted(_NAMES.decode(body).keys() - known):
+        detail = f"{unknown[0][:80]}: unknown field beside token_ids; known are {', '.join(sorted(known))}"
+        raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=detail)
+
+
+def _read(scorer: PrefixScorer, body: bytes, timings: Timings | None) -> tuple[str, list[Prompt]]:
+    """The field that has the prompts, and the prompts."""
     try:
         whole = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # in a field that was passed over when it was read first
         raise InvalidRequest(f"body: {error}") from error
-    return scorer.prompts.read(whole, timings)
-
-
-def _refuse_unknown(body: bytes) -> None:
-    """A name that is spelt wrong must not change an answer unseen."""
-    if unknown := sorted(_NAMES.decode(body).keys() - _WITH_TOKENS):
-        detail = f"{unknown[0][:80]}: unknown field beside token_ids; known are {', '.join(sorted(_WITH_TOKENS))}"
-        raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=detail)
+    prompts = scorer.prompts.read(whole, timings)
+    return next(name for name in ("token_ids", "prompt", "messages") if whole.get(name) is not None), prompts
 
 
 def _check_length(field: str, length: int, max_tokens: int) -> None:

@@ -101,6 +101,32 @@ def test_names_of_models_are_resolved(client):
     assert "poems" not in client.get("/v1/stats").json()["asked_models"]
 
 
+def tell(client, route, **body):
+    return client.post(f"/v1/{route}", json={"model": "org/m", "pod": "text"} | body)
+
+
+def test_routers_tell_back_what_they_were_asked(client):
+    asked = {"messages": USER, "temperature": 0.5}
+    assert tell(client, "routed", **asked).json() == {"pod": "text"}
+    (match,) = ask(client, pods=["text"], **asked).json()["matches"]
+    assert match["speculative_tokens"] == len(chat_ids()) // 4 * 4
+    seen = tell(client, "observe", cached_tokens=0, **asked).json()
+    assert (seen["outcome"], seen["predicted_tokens"]) == ("routed_elsewhere", 0)
+    seen = tell(client, "observe", pod="poet", model="poems", prompt=chat_ids()[:9], cached_tokens=8).json()
+    assert (seen["outcome"], seen["predicted_tokens"]) == ("reused", 8)
+    for body, status, says in (
+        ({"prompt": [TEXT, TEXT]}, 400, "2 prompts"),
+        ({"prompt": TEXT, "model": "never"}, 422, "never/tokenizer.json"),
+        ({"prompt": [1] * 6000}, 400, "at most 5000"),
+        ({"token_ids": [1], "temperature": 1}, 400, "temperature"),
+        ({}, 400, "token_ids"),
+    ):
+        for route, more in (("routed", {}), ("observe", {"cached_tokens": 0})):
+            response = tell(client, route, **body, **more)
+            assert response.status_code == status
+            assert says in response.json()["detail"]
+
+
 def test_stages_are_told_when_asked_for(client):
     for body, spent in (({"messages": USER}, {"render", "tokenize"}), ({"token_ids": [1] * 40}, set())):
         timings = ask(client, timings=True, **body).json()["timings"]
