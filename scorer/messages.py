@@ -12,6 +12,7 @@ from scorer.errors import InvalidRequest
 
 Message: TypeAlias = Mapping[str, Any]
 
+_BILL = "x-anthropic-billing-header"
 # by the type of a part, where its text is
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
@@ -40,7 +41,8 @@ def _message(message: Message, at: str, *, parts: bool) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
         raise InvalidRequest(f"{at}.role: expected text, got {_short(role)}")
-    content = _content(message.get("content"), f"{at}.content", parts=parts)
+    said = message.get("content")
+    content = _content(_without_bill(said) if role == "system" else said, f"{at}.content", parts=parts)
     # tool results are joined for templates that want parts too, unless there is more than text
     if role == "tool" and isinstance(content, list) and all(part["type"] == "text" for part in content):
         content = "\n".join(part["text"] for part in content)
@@ -76,6 +78,27 @@ def _content(content: Any, at: str, *, parts: bool) -> str | list[dict[str, Any]
     texts = (part.get("text", part.get("name", "")) for part in found if part is not None)
     # empty texts go without a line of their own
     return "\n".join(filter(None, texts))
+
+
+def _without_bill(content: Any) -> Any:  # noqa: ANN401
+    """A system message without the line that Claude Code changes in every request, as newer engines drop it.
+
+    For one that keeps it nothing is lost: what follows that line is never found in its cache again.
+    """
+    if isinstance(content, str):
+        return content.partition("\n")[2] if content.startswith(_BILL) else content
+    if not isinstance(content, list):
+        return content
+    kept = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+        if isinstance(text, str) and text.startswith(_BILL):
+            rest = text.partition("\n")[2]
+            if rest:
+                kept.append(rest if isinstance(part, str) else {**part, "text": rest})
+        else:
+            kept.append(part)
+    return kept
 
 
 def _part(part: Any, at: str) -> dict[str, Any] | None:  # noqa: ANN401

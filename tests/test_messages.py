@@ -36,6 +36,24 @@ def test_a_message_without_content_has_an_empty_one():
     assert normalised([{"role": "assistant"}], parts=False) == [{"role": "assistant", "content": ""}]
 
 
+BILL = "x-anthropic-billing-header: cc=1; cch=ab12;"
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "kept"),
+    [
+        ("system", f"{BILL}\nBe kind.\nAlways.", "Be kind.\nAlways."),
+        ("system", BILL, ""),
+        ("system", [text(BILL), text("Be kind.")], "Be kind."),
+        ("system", [text(f"{BILL}\nBe"), f"{BILL}\nkind", text("x")], "Be\nkind\nx"),
+        ("system", f"a\n{BILL}\nb", f"a\n{BILL}\nb"),
+        ("user", f"{BILL}\na", f"{BILL}\na"),
+    ],
+)
+def test_a_line_that_changes_all_the_time_is_left_out(role, content, kept):
+    assert normalised([{"role": role, "content": content}], parts=False)[0]["content"] == kept
+
+
 def test_tool_results_are_text_for_every_template():
     result = {"role": "tool", "content": [text("a"), text("b")], "tool_call_id": "1", "name": "f", "other": 2}
     made = {"role": "tool", "content": "a\nb", "tool_call_id": "1", "name": "f"}
