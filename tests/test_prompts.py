@@ -454,6 +454,23 @@ def test_stages_are_timed_when_asked_for(fleet):
     assert min(plain.tokenize, plain.keys, plain.match) > 0
 
 
+def test_a_text_can_be_made_known_ahead(folder):
+    text = "You are a very helpful assistant, and so on. " * 40
+    with Prompts(Tokenizers([folder], aliases={"served": "gpt2"}), store=PrefixStore(chunk=64)) as prompts:
+        assert prompts.digest(text, model="served")
+        prompts.store.drain(10)
+        before = prompts.store.stats().characters_reused
+        (made,) = prompts.read({"model": "gpt2", "prompt": text + "What now?"})
+        assert same(made, tokenizer_named("gpt2").encode(text + "What now?").ids)
+        assert prompts.store.stats().characters_reused - before > len(text) - 128
+        with pytest.raises(NoTokenizer):
+            prompts.digest(text, model="never")
+    with pytest.raises(Unavailable, match="closed"):
+        prompts.each([{"model": "gpt2", "prompt": "a"}])
+    with Prompts(prompts.tokenizers) as plain:
+        assert not plain.digest(text, model="gpt2")
+
+
 def test_more_questions_than_may_wait_are_refused(folder):
     free, begun = threading.Event(), threading.Event()
 
