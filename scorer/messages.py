@@ -6,6 +6,7 @@ a template that sees one key more may write other text.
 
 import json
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short
 from typing import Any, TypeAlias
 
 from scorer.errors import InvalidRequest
@@ -40,7 +41,7 @@ def _message(message: Message, at: str, *, parts: bool) -> dict[str, Any]:
         raise InvalidRequest(f"{at}: expected an object, got {type(message).__name__}")
     role = message.get("role")
     if not isinstance(role, str):
-        raise InvalidRequest(f"{at}.role: expected text, got {_short(role)}")
+        raise InvalidRequest(f"{at}.role: expected text, got {short(role)}")
     said = message.get("content")
     content = _content(_without_bill(said) if role == "system" else said, f"{at}.content", parts=parts)
     # tool results are joined for templates that want parts too, unless there is more than text
@@ -112,14 +113,14 @@ def _part(part: Any, at: str) -> dict[str, Any] | None:  # noqa: ANN401
         return {"type": kind, "name": part["name"]}
     if not isinstance(kind, str) or kind not in _TEXTS:
         raise InvalidRequest(
-            f"{at}: a part of type {_short(kind)}; expected one of {', '.join(_TEXTS)}. How many tokens an image or "
+            f"{at}: a part of type {short(kind)}; expected one of {', '.join(_TEXTS)}. How many tokens an image or "
             "sound becomes is known to the engine: send token_ids and mm_items"
         )
     text = part.get(_TEXTS[kind])
     if text is None and kind in ("text", "refusal"):
         return None
     if not isinstance(text, str):
-        raise InvalidRequest(f"{at}.{_TEXTS[kind]}: expected text, got {_short(text)}")
+        raise InvalidRequest(f"{at}.{_TEXTS[kind]}: expected text, got {short(text)}")
     return {"type": "text", "text": text}
 
 
@@ -152,15 +153,10 @@ def _tool(tool: Any, at: str) -> dict[str, Any]:  # noqa: ANN401
     if not isinstance(function, Mapping):
         raise InvalidRequest(f"{at}: expected an object with a function in it")
     if not isinstance(function.get("name"), str):
-        raise InvalidRequest(f"{at}.function.name: expected text, got {_short(function.get('name'))}")
+        raise InvalidRequest(f"{at}.function.name: expected text, got {short(function.get('name'))}")
     made = {name: function.get(name) for name in ("name", "description", "parameters")}
     deferred = tool.get("defer_loading")
     later = {"strict": function.get("strict"), "defer_loading": function.get("defer_loading", deferred)}
     made |= {name: value for name, value in later.items() if value is not None}
     whole = {"type": "function", "function": made}
     return whole if deferred is None else whole | {"defer_loading": deferred}
-
-
-def _short(value: object) -> str:
-    said = repr(value)
-    return said if len(said) <= 80 else f"{said[:77]}..."

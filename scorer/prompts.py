@@ -107,28 +107,22 @@ class Prompts:
         if self.store is not None:
             self.store.close()
 
-    def of(self, request: Request, timings: Timings | None = None) -> list[Prompt]:
-        """Give the prompts of a request that was read.
+    def read(self, body: Mapping[str, Any], timings: Timings | None = None) -> list[Prompt]:
+        """Give the prompts of an OpenAI completions or chat body as it is (`scorer.requests`).
 
         Raises `InvalidRequest`, `NoTokenizer` or `Unavailable`.
         """
-        timings = timings if timings is not None else Timings()
-        who = request.identity
-        model, adapter = self.tokenizers.resolve(who.model)
-        if adapter is not None and who.lora_name not in (None, adapter):
-            raise InvalidRequest(f"lora_name: {who.lora_name!r}, but model {who.model!r} is the adapter {adapter!r}")
-        lora = who.lora_name if adapter is None else adapter
-        if request.chat is not None:
-            return [_prompt(self._chat(request.chat, request, model, timings), model, lora, request)]
-        self._check_length(sum(len(text) for text in request.prompts if isinstance(text, str)), request.field)
-        found = [
-            self._text(text, request, model, timings) if isinstance(text, str) else text for text in request.prompts
-        ]
-        return [_prompt(ids, model, lora, request) for ids in found]
+        return self._made(read_request(body), timings if timings is not None else Timings())
 
-    def read(self, body: Mapping[str, Any], timings: Timings | None = None) -> list[Prompt]:
-        """Give the prompts of an OpenAI completions or chat body as it is (`scorer.requests`)."""
-        return self.of(read_request(body), timings)
+    def digest(self, text: str, *, model: str) -> bool:
+        """Make a text known in the background, for prompts that will begin with it; say whether it will be.
+
+        False where too much waits already, or no store is kept. Raises `NoTokenizer`, also with a remote one.
+        """
+        if self.store is None:
+            return False
+        loaded = self.tokenizers.get(self.tokenizers.resolve(model)[0])
+        return self.store.digest(text, loaded.model, tokenizer=loaded.tokenizer)
 
     def each(self, bodies: Sequence[Mapping[str, Any]]) -> list[list[Prompt]]:
         """Give the prompts of many bodies, some at the same time. Errors say which body is meant."""
@@ -139,7 +133,11 @@ class Prompts:
             except ScorerError as error:
                 raise type(error)(f"[{number}]: {error}") from error
 
-        return list(self._threads.map(one, range(len(bodies))))
+        try:
+            made = self._threads.map(one, range(len(bodies)))
+        except RuntimeError as error:
+            raise Unavailable("the prompts are closed") from error
+        return list(made)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do some work on the threads, off the event loop. Raises `Unavailable` where too much waits."""
@@ -153,6 +151,20 @@ class Prompts:
         # what is given up by its caller holds its place until it is done
         future.add_done_callback(lambda _: self._free.release())
         return await asyncio.wrap_future(future)
+
+    def _made(self, request: Request, timings: Timings) -> list[Prompt]:
+        who = request.identity
+        model, adapter = self.tokenizers.resolve(who.model)
+        if adapter is not None and who.lora_name not in (None, adapter):
+            raise InvalidRequest(f"lora_name: {who.lora_name!r}, but model {who.model!r} is the adapter {adapter!r}")
+        lora = who.lora_name if adapter is None else adapter
+        if request.chat is not None:
+            return [_prompt(self._chat(request.chat, request, model, timings), model, lora, request)]
+        self._check_length(sum(len(text) for text in request.prompts if isinstance(text, str)), request.field)
+        found = [
+            self._text(text, request, model, timings) if isinstance(text, str) else text for text in request.prompts
+        ]
+        return [_prompt(ids, model, lora, request) for ids in found]
 
     def _text(self, text: str, request: Request, model: str, timings: Timings) -> Ids:
         special = request.special(default=True)

@@ -280,7 +280,8 @@ def test_the_programs_together(folder, tmp_path):
     """A service with tokenizers, asked on the command line; then it leaves nothing behind."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environ = os.environ | {"KVINDEX_TOKENIZERS_FOLDERS": json.dumps([str(folder)]), "KVINDEX_HTTP_PORT": str(port)}
+    environ = {key: value for key, value in os.environ.items() if key != "KVINDEX_SHARED"}
+    environ |= {"KVINDEX_TOKENIZERS_FOLDERS": json.dumps([str(folder)]), "KVINDEX_HTTP_PORT": str(port)}
     command = [sys.executable, "-m", "kvindex", "serve"]
     serving = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
@@ -291,6 +292,7 @@ def test_the_programs_together(folder, tmp_path):
                 httpx.get(f"{url}/healthz")
                 break
             assert time.monotonic() < until
+            assert serving.poll() is None, serving.stderr.read()
             time.sleep(0.05)
         file = tmp_path / "messages.json"
         file.write_text(json.dumps(USER))
