@@ -60,7 +60,7 @@ def main() -> int:
     """Run it; give the exit status."""
     parser = argparse.ArgumentParser(description="Routing by the cache against round robin and random, over HTTP.")
     parser.add_argument("--rate", action="append", type=float, help="requests/s; default 12, 20 and 28")
-    parser.add_argument("--requests", type=int, default=80, help="for each rate and policy")
+    parser.add_argument("--requests", type=int, default=64, help="for each rate and policy")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="gets table and plot")
     options = parser.parse_args()

@@ -62,7 +62,7 @@ def _round_up(value: float) -> float:
     unit = 1.0
     while unit * 10 <= value:
         unit *= 10
-    return next(unit * step for step in (1, 2, 4, 6, 8, 10) if unit * step >= value)
+    return next(unit * step for step in (1, 2, 2.4, 3.2, 4, 6, 8, 10) if unit * step >= value)
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

@@ -1,0 +1,168 @@
+"""What the gRPC services answer: from messages to questions, and from answers to messages."""
+
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from indexer import Prompt
+from kvevents import discovery
+from kvindex.answers import AnswerMetrics
+from kvindex.rpc.schema import MessageType, Schema, parse
+from kvindex.stats import Asked
+from scorer import InvalidRequest, PodMatch, PrefixScorer, Timings, scores_of
+
+Call: TypeAlias = Callable[[bytes], Awaitable[bytes]]
+
+MOST_PODS = 16_384
+MOST_ITEMS = 1_024
+_EXACT, _DEGRADED = 1, 2
+
+
+class Calls:
+    """Answers the methods by name, bytes to bytes.
+
+    They raise `InvalidRequest` with the field's name in front, `IndexUnavailable`, and whatever else the scorer raises.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        scorer: PrefixScorer,
+        followed: discovery.Follower,
+        asked: Asked,
+        metrics: AnswerMetrics,
+        *,
+        max_tokens: int,
+    ) -> None:
+        self._scorer = scorer
+        self._followed = followed
+        self._asked = asked
+        self._metrics = metrics
+        self._max_tokens = max_tokens
+        self._scores, self._score = schema.methods["GetPodScores"], schema.methods["Score"]
+        self.by_name: Mapping[str, Call] = {"GetPodScores": self.get_pod_scores, "Score": self.score}
+
+    async def get_pod_scores(self, payload: bytes) -> bytes:
+        """Answer llm-d's question. Pods are called in the answer what the question called them."""
+        with self._metrics.question("grpc"):
+            request = parse(self._scores.request, payload)
+            model = request.model_name
+            _require_name(model, "model_name")
+            asked = list(request.pod_identifiers)
+            _check(len(asked), MOST_PODS, "pod_identifiers", "names")
+            names = self._names_of(asked)
+            prompts, timings = self._scorer.prompts, Timings()
+            self._asked.note(prompts.tokenizers.resolve(model)[0], asked)
+            (prompt,) = await prompts.run(prompts.read, {"model": model, "prompt": request.prompt}, timings)
+            self._metrics.tokenized(timings)
+            _check(prompt.length, self._max_tokens, "prompt", "tokens")
+            matches = await self._metrics.run(self._match, prompt, names if asked else None)
+            answer = self._scores.response()
+            for pod, worth in _as_asked(scores_of(matches), names).items():
+                answer.scores.add(pod=pod, score=worth)
+            return _bytes(answer)
+
+    def _match(self, prompt: Prompt, pods: Collection[str] | None) -> list[PodMatch]:
+        matches = self._scorer.match(prompt, pods=pods)
+        self._metrics.found(matches, tokens=prompt.length, block_size=self._scorer.block_size(prompt.model))
+        return matches
+
+    async def score(self, payload: bytes) -> bytes:
+        """Answer with all there is to know."""
+        with self._metrics.question("grpc"):
+            return await self._metrics.run(self._answer, payload)
+
+    def _answer(self, payload: bytes) -> bytes:
+        request = parse(self._score.request, payload)
+        _require_name(request.model, "model")
+        model, lora = self._identity(request)
+        tokens, length = _tokens_of(request)
+        pods = list(request.pods)
+        _check(length, self._max_tokens, "token_ids", "tokens")
+        _check(len(pods), MOST_PODS, "pods", "names")
+        _check(len(request.mm_items), MOST_ITEMS, "mm_items", "items")
+        self._asked.note(model, pods)
+        matches = self._scorer.match(
+            tokens,
+            model=model,
+            pods=self._followed.resolve(pods) if pods else None,
+            lora_name=lora,
+            cache_salt=request.cache_salt or None,
+            mm_items=[(item.identifier, item.first_token, item.length) for item in request.mm_items],
+        )
+        scores, size = scores_of(matches), self._scorer.block_size(model)
+        self._metrics.found(matches, tokens=length, block_size=size)
+        answer = self._score.response(
+            scores=scores, block_size=size, prompt_tokens=length, best=next(iter(scores), None)
+        )
+        for match in matches:
+            _add(answer.matches, match)
+        return _bytes(answer)
+
+    def _identity(self, request: MessageType) -> tuple[str, str | None]:
+        """Give the model and the adapter that are meant: a model's name may be that of an adapter, as with vLLM."""
+        model, adapter = self._scorer.prompts.tokenizers.resolve(request.model)
+        said = request.lora_name or None
+        if adapter is not None and said not in (None, adapter):
+            raise InvalidRequest(f"lora_name: {said!r}, but model {request.model!r} is the adapter {adapter!r}")
+        return model, said if adapter is None else adapter
+
+    def _names_of(self, asked: Iterable[str]) -> dict[str, list[str]]:
+        """Give the names that pods are followed under, with those they were asked for by."""
+        names: dict[str, list[str]] = {}
+        for text in asked:
+            for name in self._followed.resolve([text]):
+                names.setdefault(name, []).append(text)
+        return names
+
+
+def _as_asked(scores: Mapping[str, float], names: Mapping[str, list[str]]) -> dict[str, float]:
+    """Call the pods what the question called them: a client looks for them under that name."""
+    said: dict[str, float] = {}
+    for pod, score in scores.items():
+        for name in names.get(pod, [pod]):
+            said.setdefault(name, score)  # where several pods share an address, the best of them comes first
+    return said
+
+
+def _tokens_of(request: MessageType) -> tuple[list[int] | bytes, int]:
+    packed: bytes = request.token_buffer
+    if packed and request.token_ids:
+        raise InvalidRequest("token_buffer: expected it or token_ids, got both")
+    if packed:
+        if len(packed) % 4:
+            raise InvalidRequest(f"token_buffer: expected four bytes a token, got {len(packed)} bytes")
+        return packed, len(packed) // 4
+    if not request.token_ids:
+        raise InvalidRequest("token_ids: expected the prompt's, got none")
+    return list(request.token_ids), len(request.token_ids)
+
+
+def _add(matches: MessageType, match: PodMatch) -> None:
+    said = matches.add(
+        pod=match.pod,
+        rank=match.rank,
+        blocks=match.blocks,
+        tokens=match.tokens,
+        reusable_tokens=match.reusable_tokens,
+        score=match.score,
+        trust=_EXACT if match.trust == "exact" else _DEGRADED,
+        reason=match.reason,
+        speculative_blocks=match.speculative_blocks,
+        speculative_tokens=match.speculative_tokens,
+    )
+    said.tiers.update(match.tiers)
+
+
+def _require_name(value: str, field: str) -> None:
+    if not value:
+        raise InvalidRequest(f"{field}: expected the model's name, got ''")
+
+
+def _check(count: int, most: int, field: str, what: str) -> None:
+    if count > most:
+        raise InvalidRequest(f"{field}: {count} {what}, at most {most} are answered")
+
+
+def _bytes(message: Any) -> bytes:  # noqa: ANN401
+    data: bytes = message.SerializeToString()
+    return data
