@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def stack(servers: list[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Start all of it; give the URLs of router, scorer and pods. It ends with the block."""
     with contextlib.ExitStack() as running:
-        ports = ["--port", "0", "--events-port", "0", "--model", MODEL, "--pods", str(PODS)]
+        folder = running.enter_context(tempfile.TemporaryDirectory())
+        ports = ["--port", "0", "--events-port", "0", "--model", MODEL, "--pods", str(PODS), "--save-tokenizer", folder]
         said = running.enter_context(_process(["examples.simulated_servers", *ports, *servers])).stdout
         found = json.loads(said.readline() if said else "{}")
         urls: dict[str, str] = found["urls"]
         scorer, router = _free_port(), _free_port()
         environ = {"KVINDEX_PODS": json.dumps(found["pods"]), "KVINDEX_LOG_LEVEL": "warning"}
+        environ["KVINDEX_TOKENIZERS_FOLDERS"] = json.dumps([folder])  # so that it reads text as the servers do
         running.enter_context(_process(["kvindex", "serve", "--port", str(scorer)], environ))
         pods = [part for name, url in urls.items() for part in ("--pod", f"{name}={url}")]
         asked = ["--scorer", f"http://127.0.0.1:{scorer}"]
