@@ -125,7 +125,7 @@ def test_a_capture_that_cannot_be_checked_is_refused_by_the_line(tmp_path, lines
     file = tmp_path / "capture.jsonl"
     file.write_text("\n".join(lines))
     with pytest.raises(UserError, match=re.escape(says)):
-        run_replay(file, check=True)
+        run_replay([file], check=True)
 
 
 @pytest.mark.parametrize("status", [200, 500])

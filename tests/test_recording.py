@@ -99,7 +99,7 @@ def test_a_recording_of_real_sockets_can_be_replayed(tmp_path, capsys):
         (path,) = iter_until(lambda: [p for p in tmp_path.glob("*.part") if count_flushed(p) == 2], thread)
         stop.set()
         thread.join()
-    assert run_replay(path.with_name(path.name.removesuffix(".part")), model="m") == 0
+    assert run_replay([path.with_name(path.name.removesuffix(".part"))], model="m") == 0
     said = capsys.readouterr().out
     assert "2 messages, 2 events, 0 gaps" in said
     assert "pod-a" in said
