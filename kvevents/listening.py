@@ -124,6 +124,8 @@ class ReplayAnswer(NamedTuple):
     """Whether its end came, in time."""
     is_reached: bool
     """Whether something was connected to at all."""
+    topic: bytes | None = None
+    """The topic of the last message; None where the answer names none, as vLLM's up to 0.25 do."""
 
 
 def ask_replay(
@@ -139,6 +141,7 @@ def ask_replay(
     messages: list[tuple[int, bytes]] = []
     count, first, last = 0, None, None
     is_reached = False
+    topic: bytes | None = None
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.setsockopt(zmq.IPV6, 1)
@@ -162,6 +165,7 @@ def ask_replay(
                 is_complete = not frames[-1]
                 if not is_complete:
                     seq = int.from_bytes(frames[-2], "big")
+                    topic = frames[-3] if len(frames) > 3 else None
                     first, last, count = seq if first is None else first, seq, count + 1
                     # the first that is too much is the last: what is kept has no holes
                     keep_bytes -= len(frames[-1])
@@ -170,4 +174,4 @@ def ask_replay(
             while monitor.poll(0):
                 is_reached |= recv_monitor_message(monitor)["event"] == zmq.EVENT_CONNECTED
             socket.disable_monitor()
-    return ReplayAnswer(messages, count, first, last, is_complete, is_reached)
+    return ReplayAnswer(messages, count, first, last, is_complete, is_reached, topic)

@@ -11,9 +11,10 @@ from typing import Self
 import structlog
 
 from indexer import Copies, Index, InvalidQuestion, Source
-from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
+from kvevents.apply import NO_EVENTS_YET, Applier, OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
+from kvevents.hearing import LastHeard
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
@@ -277,11 +278,15 @@ class EventPool:
 
     def heard(self) -> dict[Source, LastHeard]:
         """Say for each source when it was heard last, and how often."""
-        return {source: last for applier in self._appliers for source, last in list(applier.heard.items())}
+        return {source: last for applier in self._appliers for source, last in applier.heard().items()}
 
     def connected(self) -> dict[str, bool]:
         """Say for each subscribed pod whether its publishers are connected."""
         return {} if self._receiver is None else self._receiver.connected()
+
+    def unheard(self) -> dict[str, str]:
+        """Give the pods whose topic filter does not let through what they publish, with the topic of that."""
+        return {} if self._receiver is None else self._receiver.unheard()
 
     def _open(self) -> Receiver:
         with self._lock:

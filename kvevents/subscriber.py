@@ -123,6 +123,10 @@ class Receiver:
             if opened.subscription.pod is not None and not opened.connected and not opened.heard
         }
 
+    def unheard(self) -> dict[str, str]:
+        """Give the pods whose topic filter does not let through what they publish, with the topic of that."""
+        return {pod: topic.decode(errors="replace")[:80] for pod, topic in self._replays.unheard.copy().items() if pod}
+
     def bound(self) -> set[str]:
         """Give the endpoints that pods connect to."""
         return {opened.subscription.endpoint for opened in list(self._open) if opened.subscription.bind}
@@ -142,7 +146,7 @@ class Receiver:
         def run() -> None:
             try:
                 future.set_result(work())
-            except (SubscriptionError, zmq.ZMQError) as error:
+            except Exception as error:  # noqa: BLE001  (whatever it is, who called waits for it)
                 future.set_exception(error)
 
         self._post(run)
@@ -273,7 +277,8 @@ class Receiver:
         for opened in self._open:
             subscription = opened.subscription
             if (subscription.pod, subscription.endpoint) == publisher and subscription.replay is not None:
-                self._replays.ask(Request(subscription.replay, start, _message(subscription, replay=number)))
+                like = _message(subscription, replay=number)
+                self._replays.ask(Request(subscription.replay, start, like, subscription.topic.encode()))
 
     def _remove(self, pod: str) -> None:
         self._replays.drop(pod)

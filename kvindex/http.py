@@ -110,13 +110,14 @@ def create_app(
                 status_code=HTTP_400_BAD_REQUEST,
                 detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
             )
-        checks.asked.note(data.model, data.pods)
+        asked = None if data.pods is None else followed.resolve(data.pods)
+        checks.asked.note(data.model, asked)
         start = time.perf_counter()
         try:
             matches = await scorer.amatch(
                 data.token_ids,
                 model=data.model,
-                pods=None if data.pods is None else followed.resolve(data.pods),
+                pods=asked,
                 lora_name=data.lora_name,
                 cache_salt=data.cache_salt,
                 mm_items=data.mm_items,

@@ -54,7 +54,7 @@ def run_serve(config: Config) -> int:
             heal=pool.recount if config.scorer.observe_heal else None,
         )
         # a scorer follows nobody, so that nothing is to be said of how it follows
-        checks = Checks(index, pool, follower if follows else None)
+        checks = Checks(index, pool, follower if follows else None, block_size=config.scorer.block_size)
         running.callback(checks.close)
         checks.start()
         app = create_app(

@@ -166,7 +166,7 @@ class Idle:
     def connected(self):
         return {}
 
-    heard = sequences = stats = connected
+    heard = sequences = stats = unheard = connected
 
 
 def test_a_running_service_is_watched():
