@@ -10,7 +10,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import SubscriptionError
-from kvevents.subscriber import MAX_MESSAGE_BYTES
+from kvevents.subscriber import MAX_MESSAGE_BYTES, new_context
 
 _BURST = 512
 _RECEIVE_MESSAGES = 10_000
@@ -56,7 +56,7 @@ class Listener:
     def __init__(self, endpoints: Sequence[str], *, topic: str = "") -> None:
         for endpoint in endpoints:
             check_endpoint(endpoint)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = new_context()
         self._poller = zmq.Poller()
         self._sockets: dict[zmq.Socket[bytes], tuple[str, bool]] = {}
         """Each socket's endpoint, and whether it is a monitor."""

@@ -71,7 +71,7 @@ class Receiver:
     ) -> None:
         self._deliver = deliver
         self._log = log
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = new_context()
         self._address = f"inproc://commands-{id(self)}"
         self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         self._wake.bind(self._address)
@@ -244,7 +244,10 @@ class Receiver:
             opened.unreachable_since = time.monotonic()
 
     def _add(self, subscription: Subscription) -> str:
-        socket = self._context.socket(zmq.SUB)
+        try:
+            socket = self._context.socket(zmq.SUB)
+        except zmq.ZMQError as error:
+            raise _no_room(subscription.endpoint, error) from error
         socket.linger = 0
         socket.rcvhwm = RECEIVE_MESSAGES
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -254,7 +257,11 @@ class Receiver:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.IPV6, 1)
         socket.subscribe(subscription.topic)
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        try:
+            monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            raise _no_room(subscription.endpoint, error) from error
         opened = _Open(subscription, socket, monitor)
         try:
             if subscription.bind:
@@ -292,6 +299,19 @@ class Receiver:
         opened.socket.disable_monitor()
         opened.monitor.close(0)
         opened.socket.close(0)
+
+
+def new_context() -> "zmq.Context[zmq.Socket[bytes]]":
+    """Make a context for as many sockets as libzmq can: a followed endpoint takes three, and its default is 1,023."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.max_sockets = context.get(zmq.SOCKET_LIMIT)
+    return context
+
+
+def _no_room(endpoint: str, error: zmq.ZMQError) -> SubscriptionError:
+    return SubscriptionError(
+        f"endpoint {endpoint!r}: {error.strerror}; three files are open for each endpoint: raise the limit (ulimit -n)"
+    )
 
 
 def _message(subscription: Subscription, *, replay: int = 0, note: Note | None = None) -> Message:

@@ -81,10 +81,10 @@ def run_play(
 ) -> int:
     """Publish a capture as its pods did, one publisher for each, with a replay socket.
 
-    Publisher i binds `base_port + 2 * i`, and its replay the port after it; 0: any. Begins when each has
-    `wait_subscribers` subscribers and stays for `hold` seconds after the last message, so that what was missed can be
-    asked for. Ends early at SIGINT or SIGTERM. Endpoints are printed, with `as_json` as `KVINDEX_PODS` takes them.
-    Raises `UserError` for what is no capture, and when a port cannot be had.
+    Publisher i, by the names of the pods, binds `base_port + 2 * i`, and its replay the port after it; 0: any. Begins
+    when each has `wait_subscribers` subscribers and stays for `hold` seconds after the last message, so that what was
+    missed can be asked for. Ends early at SIGINT or SIGTERM. Endpoints are printed, with `as_json` as `KVINDEX_PODS`
+    takes them. Raises `UserError` for what is no capture, and when a port cannot be had.
     """
     out = sys.stderr if as_json else sys.stdout
 
@@ -133,7 +133,7 @@ def _survey(capture: Capture) -> tuple[dict[str, str], int]:
             raise UserError(f"{line['file']}, line {line['line']}: more than {_MOST_PODS} pods; name one with --pod")
     if not total:
         raise UserError(f"{capture}: holds no messages")
-    return pods, total
+    return dict(sorted(pods.items())), total
 
 
 def _publisher(host: str, base_port: int, number: int) -> Publisher:

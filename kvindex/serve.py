@@ -26,6 +26,7 @@ def run_serve(config: Config) -> int:
         raise UserError(
             f"index.role scorer: {config.index.url} is in this process alone; name a shared one, redis://..."
         )
+    _raise_file_limit()
     listener = _listen(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     pool = EventPool(
@@ -74,6 +75,17 @@ def run_serve(config: Config) -> int:
         log.info("stopped")
     index.close()
     return 0
+
+
+def _raise_file_limit() -> None:
+    """Take as many open files as the system grants: a followed endpoint needs three, and 1,024 is a usual default."""
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Server(uvicorn.Server):
