@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -184,17 +184,3 @@ def _text_of(topic: bytes) -> dict[str, str]:
         return {"topic": topic.decode()}
     except UnicodeDecodeError:
         return {"topic_hex": topic.hex()}
-
-
-def pods_of(endpoints: Sequence[str]) -> dict[str, str]:
-    """Read ``pod=endpoint`` and plain endpoints, which have "" for a pod; give the pod of each endpoint.
-
-    Raises `RecordingError` for an endpoint that is named twice.
-    """
-    pods: dict[str, str] = {}
-    for text in endpoints:
-        pod, _, endpoint = text.rpartition("=")
-        if endpoint in pods:
-            raise RecordingError(f"endpoint {endpoint!r} is named twice")
-        pods[endpoint] = pod
-    return pods

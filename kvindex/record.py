@@ -3,9 +3,11 @@
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvevents import Heard, LinkChange, Listener, Recorder, pods_of
+from kvevents import Heard, LinkChange, Listener, Recorder
+from kvindex.errors import UserError
 from kvindex.reach import Reach
 from kvindex.signals import stopped_by_signals
 
@@ -23,7 +25,7 @@ def run_record(
     """Record for `seconds` (0: until SIGINT or SIGTERM, or `stop` is set), and complete the last file.
 
     An endpoint may say what its pod is called, ``pod-0=tcp://10.0.0.7:5557``. The exit status is 1 where nothing came.
-    Raises `RecordingError` and `SubscriptionError`.
+    Raises `RecordingError`, `SubscriptionError` and `UserError`.
     """
     pods = pods_of(endpoints)
     # a pod must have a name where neither topics nor the person give one: its endpoint tells publishers apart
@@ -62,3 +64,17 @@ def run_record(
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def pods_of(endpoints: Sequence[str]) -> dict[str, str]:
+    """Read ``pod=endpoint`` and plain endpoints, which have "" for a pod; give the pod of each endpoint.
+
+    Raises `UserError` for an endpoint that is named twice.
+    """
+    pods: dict[str, str] = {}
+    for text in endpoints:
+        pod, _, endpoint = text.rpartition("=")
+        if endpoint in pods:
+            raise UserError(f"endpoint {endpoint!r} is named twice")
+        pods[endpoint] = pod
+    return pods

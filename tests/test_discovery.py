@@ -29,6 +29,7 @@ from kvevents.discovery import (
     Subscriptions,
     found_in,
     normalise,
+    sglang,
 )
 from kvevents.discovery import follower as follower_module
 from kvevents.discovery.entry import RankEntry
@@ -167,7 +168,7 @@ def test_a_pod_that_cannot_be_followed_leaves_the_others_and_is_tried_again(inde
         half = Found(name="bad", endpoints=(Endpoint("tcp://127.0.0.1:1"), Endpoint("tcp://nonsense")))
         told.say([half, pod("a", "tcp://127.0.0.1:2")])
         until(lambda: set(pool.connected()) == {"a"})
-        assert follower.stats()["pods_failed"] == 1
+        until(lambda: follower.stats()["pods_failed"] == 1)
         told.say([pod("bad", "tcp://127.0.0.1:1"), pod("a", "tcp://127.0.0.1:2")])
         until(lambda: set(pool.connected()) == {"a", "bad"})
         until(lambda: follower.stats()["pods_failed"] == 0)
@@ -615,6 +616,37 @@ def test_an_sglang_server_that_moves_or_fails_is_followed(server):
 
 
 # --- HTTP and configuration
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        [],
+        {"kv_events": []},
+        {"kv_events": {}},
+        {"kv_events": {"endpoint_port_base": "5557"}},
+        {"kv_events": {"endpoint_port_base": 70_000}},
+        {"kv_events": {"endpoint_port_base": 5557, "dp_size": 10**9}},
+        {"kv_events": {"endpoint_port_base": 65_535, "dp_size": 2}},
+        {"kv_events": {"endpoint_port_base": 5557, "endpoint_host": "a b"}},
+        {"kv_events": {"endpoint_port_base": 5557, "topic": 5}},
+    ],
+    ids=str,
+)
+def test_an_sglang_server_that_answers_nonsense_is_an_error_of_that_source(server, answer):
+    server.answers["/server_info"] = server.answers["/get_server_info"] = answer
+    with pytest.raises(DiscoveryError, match="sglang"):
+        SglangDiscovery(SglangFollow(url=server.url), interval_s=1.0).read()
+
+
+def test_an_sglang_server_that_never_ends_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(sglang, "ANSWER_S", -1.0)
+    server.answers["/server_info"] = {"kv_events": {"endpoint_port_base": 5557}}
+    with pytest.raises(DiscoveryError, match="not answered whole"):
+        SglangDiscovery(SglangFollow(url=server.url), interval_s=1.0).read()
 
 
 def test_pods_are_registered_over_http(index):

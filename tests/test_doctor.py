@@ -442,6 +442,9 @@ def test_a_replay_that_is_not_answered_is_told_from_a_pod_that_is_gone():
     assert "replay" not in service_troubles(pods=unsure, followed=["a"], not_connected=["a"])
     assert "replay" not in service_troubles(pods=unsure, followed=["a"], without_replay=["a"])
     assert "replay" not in service_troubles(pods=unsure)  # somebody else follows it
+    # it is asked again now and then, and is not well for that
+    asked = [msgspec.structs.replace(unsure[0], reason="behind: messages were asked for again")]
+    assert service_troubles(pods=asked, before=Stats(0.0, {}, {}, unsure), followed=["a"]).keys() == {"replay", "trust"}
 
 
 def test_what_a_healthy_fleet_does_is_no_trouble():

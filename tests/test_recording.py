@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
-from kvevents import Heard, Listener, Recorder, RecordingError, SubscriptionError, ask_replay, pods_of
+from kvevents import Heard, Listener, Recorder, RecordingError, SubscriptionError, ask_replay
 from kvevents.testing import Publisher, stored
-from kvindex.record import run_record
+from kvindex.errors import UserError
+from kvindex.record import pods_of, run_record
 from kvindex.replay import run_replay
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -77,7 +78,7 @@ def test_bounds_folders_and_endpoints_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordingError, match="folder"):
         Recorder(tmp_path / "file")
-    with pytest.raises(RecordingError, match="twice"):
+    with pytest.raises(UserError, match="twice"):
         pods_of(["a=tcp://x", "tcp://x"])
     with pytest.raises(SubscriptionError, match="nonsense"):
         Listener(["nonsense"])

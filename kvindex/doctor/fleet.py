@@ -46,7 +46,7 @@ def judge_service(
     wanted = block_size or now.block_size
     if wanted is not None:
         findings += _block_size(now, wanted)
-    findings += [*_topic(now), *_replay(now), *_decoding(now, past), *_orphans(now, past), *_lag(now)]
+    findings += [*_topic(now), *_replay(now, past), *_decoding(now, past), *_orphans(now, past), *_lag(now)]
     return findings
 
 
@@ -71,15 +71,12 @@ def _fleet(now: Stats, past: Stats) -> Iterator[Finding]:
 
 
 def _trust(now: Stats, past: Stats) -> Iterator[Finding]:
-    was_behind = {(status.pod, status.rank) for status in past.pods if _word(status) == "behind"}
     degraded: dict[str, list[str]] = {}
     silent = []
-    for status in now.pods:
-        word = _word(status)
+    for status, word in _words(now, past):
         if word == "no events yet":
             silent.append(status.pod)
-        # it is so for a moment after each loss: only who stays behind is in trouble
-        elif word and (word != "behind" or (status.pod, status.rank) in was_behind):
+        elif word:
             degraded.setdefault(word, []).append(f"{status.pod} rank {status.rank}")
     if degraded:
         reasons = [_REASONS.get(word, (f"{word}: see `reason` in /v1/pods", "look at the log")) for word in degraded]
@@ -103,6 +100,20 @@ def _trust(now: Stats, past: Stats) -> Iterator[Finding]:
         )
     else:
         yield ok("trust", "every answer is exact")
+
+
+def _words(now: Stats, past: Stats) -> Iterator[tuple[PodStats, str]]:
+    """Give every rank with why it is degraded, in the first words of the reason; "" where it is not.
+
+    For a moment after each loss a rank is behind: that is its trouble only where it stays so. Who could not be had
+    again is asked again now and then, and is not well for that.
+    """
+    before = {(status.pod, status.rank): _word(status) for status in past.pods}
+    for status in now.pods:
+        word, was = _word(status), before.get((status.pod, status.rank), "")
+        if word == "behind":
+            word = was if was in ("behind", "unsure") else ""
+        yield status, word
 
 
 def _word(status: PodStats) -> str:
@@ -157,9 +168,9 @@ def _block_size(now: Stats, block_size: int) -> Iterator[Finding]:
         yield ok("block_size", ", ".join(map(str, sizes)))
 
 
-def _replay(now: Stats) -> Iterator[Finding]:
+def _replay(now: Stats, past: Stats) -> Iterator[Finding]:
     can_ask = {*now.followed} - {*now.without_replay} - {*now.not_connected}
-    failing = sorted({status.pod for status in now.pods if status.pod in can_ask and _word(status) == "unsure"})
+    failing = sorted({status.pod for status, word in _words(now, past) if status.pod in can_ask and word == "unsure"})
     if failing:
         yield Finding(
             "replay",
@@ -237,7 +248,7 @@ def _lag(now: Stats) -> Iterator[Finding]:
         yield Finding(
             "lag",
             "warn",
-            f"{len(late)} pods, the worst {worst.pod}: applied {worst.lag_s:.1f} s after the engine's time",
+            f"{_some([status.pod for status in late])}: applied up to {worst.lag_s:.1f} s after the engine's time",
             "the clocks differ, or engine, network or this service are behind",
             "compare the clocks first; then queue_depth of the pool, and the engine's load",
         )

@@ -20,6 +20,7 @@ _T = TypeVar("_T")
 _MOST_NAMES = 64
 _MOST_HASHES = 1_000_000
 _MOST_ROOTS = 64
+_MOST_TOKENS = 65_536
 _MOST_LAGS = 4_096
 _MOST_TEXT = 80
 
@@ -80,7 +81,7 @@ class Observation(msgspec.Struct):
     lags: list[float] = msgspec.field(default_factory=list)
     """Seconds from the engine's time to ours, of live messages."""
     roots: list[BlockStored] = msgspec.field(default_factory=list)
-    """The first stores at a prompt's start."""
+    """The first stores at a prompt's start, of those that are not very long."""
     replay: ReplaySeen | None = None
     parents: list[int | bytes] = msgspec.field(default_factory=list)
     """Blocks that live stores follow."""
@@ -170,7 +171,8 @@ class Observation(msgspec.Struct):
             self.is_full = True
         if is_live and event.parent_block_hash is not None and len(self.parents) < _MOST_HASHES:
             self.parents.append(event.parent_block_hash)
-        if event.parent_block_hash is None and len(self.roots) < _MOST_ROOTS:
+        is_short = len(event.token_ids) <= _MOST_TOKENS
+        if event.parent_block_hash is None and is_short and len(self.roots) < _MOST_ROOTS:
             self.roots.append(event)
 
     def _shape(self, item: Any) -> None:  # noqa: ANN401  (off the wire)
