@@ -47,7 +47,7 @@ def test_a_block_size_that_the_hashes_contradict_is_named():
 
 def test_only_so_much_is_computed_again(monkeypatch):
     hashed = []
-    monkeypatch.setattr(engine_hash, "_gives", lambda _, __, event, ___: hashed.append(len(event.token_ids)))
+    monkeypatch.setattr(engine_hash, "_gives", lambda _, __, event, ___: hashed.append(len(event.token_ids)) or 0)
     event = BlockStored(block_hashes=[1], parent_block_hash=None, token_ids=array("I", [0]) * 40_000, block_size=40_000)
     recognise_hashes([event] * 3, ["0"])
     assert hashed == [40_000] * len(engine_hash.ALGORITHMS)
