@@ -19,7 +19,7 @@ from kvindex.errors import ConfigError
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
 _LISTS = {"pods", "bind"}
-_JSON = {"tier_weights", "dns", "kubernetes", "sglang"}
+_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers"}
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +71,18 @@ class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     sglang: list[discovery.SglangFollow] = []
 
 
+class SnapshotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an index in this process goes on from after a restart, see `docs/snapshots.md`."""
+
+    path: str = ""
+    """A file that is written every `interval_s` seconds and at the end, and read at the start."""
+    interval_s: Annotated[float, Meta(ge=1)] = 60.0
+    peers: list[str] = []
+    """Services that follow the same pods, as ``http://kvindex:8080``: asked at the start, before the file is read."""
+    max_bytes: Annotated[int, Meta(ge=1_048_576)] = 16 * 1024**3
+    """How long a peer's snapshot may be."""
+
+
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How matches become scores."""
 
@@ -106,6 +118,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pods: list[discovery.PodEntry] = []
     bind: list[BindConfig] = []
     discovery: DiscoveryConfig = DiscoveryConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     scorer: ScorerConfig = ScorerConfig()
     http: HttpConfig = HttpConfig()
     log: LogConfig = LogConfig()
