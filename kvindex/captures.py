@@ -21,7 +21,7 @@ Line = dict[str, Any]
 
 
 class Capture:
-    """The lines of one or more files, in their order: rotated files of one recording are one capture.
+    """The lines of one or more files or folders, in their order: rotated files of one recording are one capture.
 
     They are read again for each use and never held, so that a small file that unpacks to very much takes time and no
     memory. A gzipped file that ends in the middle, as a killed recorder leaves it, gives its whole lines; that is said
@@ -29,7 +29,7 @@ class Capture:
     """
 
     def __init__(self, files: Sequence[Path], pod: str | None = None) -> None:
-        self._files = files
+        self._files = [one for file in files for one in _files_of(file)]
         self._pod = pod
         self._told: set[Path] = set()
 
@@ -69,6 +69,16 @@ class Capture:
                 )
         except (OSError, zlib.error) as error:
             raise UserError(f"{file}: cannot be read{f' after line {number}' if number else ''}: {error}") from error
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Give the captures of a folder, oldest first, or the file itself. Raises `UserError` for a folder without any."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if ".jsonl" in file.suffixes)
+    if not found:
+        raise UserError(f"{path}: no captures in it (files called *.jsonl, *.jsonl.gz or *.jsonl.gz.part)")
+    return found
 
 
 def _open(file: Path) -> IO[bytes]:

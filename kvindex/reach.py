@@ -22,12 +22,16 @@ class Reach:
 
     def change(self, change: LinkChange) -> str:
         """Give what is to be said of a change, "" where it was said before or means nothing."""
-        text = _SAID.get(change.event, "")
         before = self._said.get(change.endpoint, "")
-        # who is refused or sent away again and again has nothing new to say, whichever it was
-        if not text or text == before or (change.event in ("refused", "lost") and before and before != "connected"):
+        # who ends a connection before anything was agreed on speaks something else
+        event = "mismatched" if change.event == "lost" and before != _SAID["agreed"] else change.event
+        text = _SAID.get(event, "")
+        # who is refused or sent away again and again has nothing new to say
+        if not text or text == before or (event == "refused" and before and before != _SAID["agreed"]):
             return ""
-        self._said[change.endpoint] = "connected" if change.event == "agreed" else text
+        if event == "mismatched" and before == _SAID["lost"]:
+            return ""  # it is on its way down, or up
+        self._said[change.endpoint] = text
         return f"{change.endpoint}: {text}"
 
     def heard(self, endpoint: str) -> None:
@@ -43,5 +47,5 @@ class Reach:
         return [
             f"{endpoint}: connected, and nothing came: {why}; `kvindex doctor {endpoint}` tells more"
             for endpoint, said in self._said.items()
-            if said == "connected" and endpoint not in self._heard
+            if said == _SAID["agreed"] and endpoint not in self._heard
         ]

@@ -53,8 +53,11 @@ def test_a_rotated_recording_replays_as_one(tmp_path, capsys):
             payload = b"\x93\xcb" + bytes(8) + b"\x91" + msgspec.msgpack.encode(event) + b"\x00"
             recorder.write(Heard("tcp://x", [b"kv@pod-a@m", seq.to_bytes(8, "big"), payload], 1.0))
     assert len(recorder.written) > 2
-    assert run_replay(recorder.written) == 0
-    assert "6 messages, 6 events, 0 gaps" in capsys.readouterr().out
+    for files in (recorder.written, [tmp_path]):
+        assert run_replay(files) == 0
+        assert "6 messages, 6 events, 0 gaps" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert "no captures" in refusal_of(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("cut", [1, 9, 25])
