@@ -340,6 +340,21 @@ def test_live_messages_make_room_before_what_was_asked_for_and_notes_never_do():
     assert queue.messages == queue.bytes == 0
 
 
+def test_it_is_counted_what_each_source_said_and_lacks(index):
+    with EventPool(index, model="m") as pool:
+        for seq in (0, 1, 5, 6, 9):
+            pool.submit(message(seq, STORED))
+        pool.submit(message(0, STORED, rank=1))
+        pool.drain()
+        heard = pool.heard()
+        assert {source: (last.messages, last.gaps) for source, last in heard.items()} == {
+            Source("pod-a"): (5, 2),
+            Source("pod-a", 1): (1, 0),
+        }
+        pool.unsubscribe("pod-a")
+        assert pool.heard() == {}
+
+
 def test_as_many_pods_are_followed_as_the_files_allow(index, monkeypatch):
     with EventPool(index) as pool:
         for number in range(400):  # libzmq's own limit is reached at 340
