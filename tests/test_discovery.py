@@ -16,7 +16,6 @@ from litestar.testing import TestClient
 from indexer import Source, open_index
 from kvevents import DiscoveryError, EventPool, PodTaken, SubscriptionError
 from kvevents.discovery import (
-    Aliases,
     DnsDiscovery,
     DnsFollow,
     Endpoint,
@@ -28,11 +27,11 @@ from kvevents.discovery import (
     SglangFollow,
     Subscriptions,
     found_in,
-    normalise,
     sglang,
 )
 from kvevents.discovery import follower as follower_module
 from kvevents.discovery.entry import RankEntry
+from kvevents.discovery.identity import Aliases, normalise
 from kvevents.endpoints import check_endpoint, endpoint_of_rank
 from kvevents.testing import Publisher, stored
 from kvindex.config import load

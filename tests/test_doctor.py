@@ -157,6 +157,7 @@ def test_ip_for_ip_and_port():
         ("[fd00::7]:8000", "fd00::7", True),
         ("fd00::7", "fd00::8", False),
         ("vllm-0", "vllm-1", False),
+        ("a:b:c", "d:e:f", False),
     ],
 )
 def test_names_of_pods(one, other, same):

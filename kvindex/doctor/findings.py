@@ -4,6 +4,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from kvevents import discovery
+
 Level: TypeAlias = Literal["ok", "advice", "warn", "bad"]
 """`warn` and `bad` are troubles; `advice` is what could be better where nothing is wrong."""
 
@@ -40,13 +42,6 @@ def one_of_same_name(name: str, others: "list[str] | set[str]") -> str | None:
 
 def misspelt_pod(asked: str, known: "list[str] | set[str]") -> str | None:
     """Give the name that is known of the same host with another port or none, ``10.0.0.7`` for ``10.0.0.7:8000``."""
-    host = _without_port(asked)
-    return next((name for name in sorted(known) if name != asked and _without_port(name) == host), None)
-
-
-def _without_port(name: str) -> str:
-    head, colon, tail = name.rpartition(":")
-    # an IPv6 address has colons of its own: there a port follows a bracket
-    if colon and tail.isdigit() and (":" not in head or head.endswith("]")):
-        return head.strip("[]")
-    return name.strip("[]")
+    host = discovery.host_of(asked)
+    same = (name for name in sorted(known) if name != asked and discovery.host_of(name) == host)
+    return next(same, None) if host else None
