@@ -428,7 +428,13 @@ def test_troubles_of_a_service():
     assert only(service_troubles(pods=[]), "pods").level == "warn"
     assert "gap" in only(service_troubles(pods=[pod_stats(trust="degraded", reason="gap: lost")]), "trust").what
     assert only(service_troubles(pods=[pod_stats(lag_s=-4.0)]), "lag").level == "warn"
-    assert only(service_troubles(pool={"dropped_bad_msgpack_total": 2}), "decoding").level == "bad"
+    for reason, level, cause in (
+        ("bad_msgpack", "bad", "cannot be read"),
+        ("queue_full", "warn", "kept up with"),
+        ("event_unknown_event", "warn", "left out"),
+    ):
+        found = only(service_troubles(pool={f"dropped_{reason}_total": 2}), "decoding")
+        assert (found.level, cause in found.cause) == (level, True)
     assert only(service_troubles(index={"parked_total": 20, "stored_total": 100}), "orphans").level == "warn"
     assert (
         only(service_troubles(pods=[pod_stats(model="")]), "model").remedy == "set `model` of the pods, or pool.model"

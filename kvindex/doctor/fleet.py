@@ -12,6 +12,7 @@ CHECKS = (
 )
 """All checks there are, in the order in which troubles follow from each other."""
 
+_LATE = frozenset({"queue_full", "held"})
 _ORPHANS = 0.05
 _FEWEST_ORPHANS = 16
 """Fewer are no trouble yet, whatever their share is."""
@@ -211,13 +212,30 @@ def _decoding(now: Stats, past: Stats) -> Iterator[Finding]:
         for name in now.pool
         if name.startswith("dropped_") and (count := _since(now.pool, past.pool, name))
     }
-    if dropped:
+    what = f"dropped: {dropped}"
+    if any(reason not in _LATE and not reason.startswith("event_") for reason in dropped):
         yield Finding(
             "decoding",
             "bad",
-            f"dropped: {dropped}",
-            "messages or events that cannot be read, or more than can be kept up with (queue_full, held)",
-            "run `kvindex doctor` with the endpoint of the pod that the log names; for queue_full, more workers",
+            what,
+            "messages cannot be read (another kind of socket, a newer format), or not be told whose they are (no_identity)",
+            "run `kvindex doctor` with the endpoint of the pod that the log names, or upgrade kvindex",
+        )
+    elif not _LATE.isdisjoint(dropped):
+        yield Finding(
+            "decoding",
+            "warn",
+            what,
+            "more comes than can be kept up with; what was dropped is asked for again",
+            "pool.workers, the compiled core (kvindex --version), or several builders and a shared index",
+        )
+    elif dropped:
+        yield Finding(
+            "decoding",
+            "warn",
+            what,
+            "single events of a kind that is not known, or with values that cannot be, are left out",
+            "upgrade kvindex; if that is no help, `kvindex record` a minute of it for a report",
         )
     else:
         yield ok("decoding", "nothing was dropped")
