@@ -218,7 +218,7 @@ def _decoding(now: Stats, past: Stats) -> Iterator[Finding]:
             "decoding",
             "bad",
             what,
-            "messages cannot be read (another kind of socket, a newer format), or not be told whose they are (no_identity)",
+            "messages cannot be read (another kind of socket, a newer format), or nobody says whose they are",
             "run `kvindex doctor` with the endpoint of the pod that the log names, or upgrade kvindex",
         )
     elif not _LATE.isdisjoint(dropped):
