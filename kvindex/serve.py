@@ -18,6 +18,8 @@ from kvindex.pods import follow
 from kvindex.snapshots import Snapshots
 from scorer import PrefixScorer
 
+_BACKLOG = 2_048
+
 
 def run_serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Raises `UserError` when the port or an endpoint cannot be had."""
@@ -80,6 +82,7 @@ def run_serve(config: Config) -> int:
         )
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
+        _listen(listener)  # who reads the next line may ask at once
         log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
         server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         server.run(sockets=[listener])
@@ -122,9 +125,18 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"http.port {port} on {host}: {error}; choose another with --port or KVINDEX_HTTP_PORT"
-        ) from error
+        raise _taken(host, port, error) from error
     # asyncio does it only for sockets it made: without it each answer on a kept connection waits 40 ms
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:  # another process may have been quicker with the same port
+        raise _taken(*listener.getsockname()[:2], error) from error
+
+
+def _taken(host: str, port: int, error: Exception) -> UserError:
+    return UserError(f"http.port {port} on {host}: {error}; choose another with --port or KVINDEX_HTTP_PORT")
