@@ -135,7 +135,8 @@ def _listen(listener: socket.socket) -> None:
     try:
         listener.listen(_BACKLOG)
     except OSError as error:  # another process may have been quicker with the same port
-        raise _taken(*listener.getsockname()[:2], error) from error
+        host, port = listener.getsockname()[:2]
+        raise _taken(host, port, error) from error
 
 
 def _taken(host: str, port: int, error: Exception) -> UserError:
