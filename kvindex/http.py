@@ -1,7 +1,6 @@
 """The HTTP service."""
 
 import asyncio
-import time
 from typing import Any
 
 import msgspec
@@ -24,6 +23,7 @@ from litestar.status_codes import (
 
 from indexer import Index, IndexUnavailable, InvalidQuestion
 from kvevents import EventPool, PodTaken, SubscriptionError, discovery
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
@@ -98,6 +98,7 @@ def create_app(
     max_body_bytes: int,
     checks: Checks | None = None,
     snapshots: Snapshots | None = None,
+    answers: AnswerMetrics | None = None,
 ) -> Litestar:
     """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/v1/snapshot`,
     `/healthz`, `/readyz`, `/metrics`, and OpenAPI at `/schema`.
@@ -106,9 +107,10 @@ def create_app(
     """
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
+    answers = answers or AnswerMetrics()
     snapshots = snapshots or Snapshots(pool)
     readiness = Readiness(index, pool, followed)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots)
+    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots, answers)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
@@ -121,22 +123,23 @@ def create_app(
             )
         asked = None if data.pods is None else followed.resolve(data.pods)
         checks.asked.note(data.model, asked)
-        start = time.perf_counter()
         try:
-            matches = await scorer.amatch(
-                data.token_ids,
-                model=data.model,
-                pods=asked,
-                lora_name=data.lora_name,
-                cache_salt=data.cache_salt,
-                mm_items=data.mm_items,
-            )
+            with answers.question("http") as question:
+                matches = await question.run(
+                    scorer.match,
+                    data.token_ids,
+                    model=data.model,
+                    pods=asked,
+                    lora_name=data.lora_name,
+                    cache_salt=data.cache_salt,
+                    mm_items=data.mm_items,
+                )
+                size = await asyncio.to_thread(scorer.block_size, data.model)
+                question.found(matches, tokens=len(data.token_ids), block_size=size)
         except ScorerError as error:
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
-        metrics.answered(time.perf_counter() - start)
         scores = scores_of(matches)
         best = next(iter(scores), None)
-        size = await asyncio.to_thread(scorer.block_size, data.model)
         return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
 
     @get("/v1/pods")

@@ -1,4 +1,4 @@
-"""`kvindex serve`: events in, scores out over HTTP."""
+"""`kvindex serve`: events in, scores out over HTTP and, where it is asked for, gRPC."""
 
 import contextlib
 import signal
@@ -10,11 +10,13 @@ import uvicorn
 
 from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.config import Config
 from kvindex.errors import UserError
 from kvindex.http import create_app
 from kvindex.pods import follow
+from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
 from scorer import PrefixScorer
 
@@ -70,6 +72,7 @@ def run_serve(config: Config) -> int:
         checks = Checks(index, pool, follower if follows else None, block_size=config.scorer.block_size)
         running.callback(checks.close)
         checks.start()
+        answers = AnswerMetrics()
         app = create_app(
             scorer,
             index,
@@ -79,7 +82,11 @@ def run_serve(config: Config) -> int:
             max_body_bytes=config.http.max_body_bytes,
             checks=checks,
             snapshots=snapshots,
+            answers=answers,
         )
+        grpc_port = serve_grpc(config.grpc, scorer, follower, checks.asked, answers, running)
+        if grpc_port is not None:
+            log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         _listen(listener)  # who reads the next line may ask at once
