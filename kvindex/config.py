@@ -133,6 +133,16 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
 
 
+class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The gRPC service, see `docs/grpc.md`. It needs the packages of the extra ``grpc``."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] | None = None
+    """Where to listen; none: there is no gRPC. llm-d's own indexer has 50051."""
+    max_tokens: Annotated[int, Meta(ge=1, le=100_000_000)] = 1_000_000
+    max_message_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 16 * 1024 * 1024
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log output, on stderr."""
 
@@ -152,6 +162,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scorer: ScorerConfig = ScorerConfig()
     tokenizers: TokenizersConfig = TokenizersConfig()
     http: HttpConfig = HttpConfig()
+    grpc: GrpcConfig = GrpcConfig()
     log: LogConfig = LogConfig()
 
 

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from indexer import Prompt
 from kvevents import discovery
+from kvindex.meanings import meaning_of
 from kvindex.pods import name_of
 from kvindex.scoring import read_prompts, refusal, refuse_unknown
 from scorer import ERROR_BOUNDS, InvalidRequest, Observation, PrefixScorer, ScorerError
@@ -126,4 +127,4 @@ class FeedbackMetrics(Collector):
         for name, value in stats.items():
             plain = name.removesuffix("_total")
             family = CounterMetricFamily if plain != name else GaugeMetricFamily
-            yield family(f"kvindex_scorer_{plain}", f"{plain} of the scorer", value=value)
+            yield family(f"kvindex_scorer_{plain}", meaning_of("scorer", plain), value=value)

@@ -22,6 +22,7 @@ from litestar.status_codes import (
 
 from indexer import Index, IndexUnavailable, InvalidQuestion
 from kvevents import EventPool, PodTaken, SubscriptionError, discovery
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
@@ -77,6 +78,7 @@ def create_app(
     max_body_bytes: int,
     checks: Checks | None = None,
     snapshots: Snapshots | None = None,
+    answers: AnswerMetrics | None = None,
 ) -> Litestar:
     """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/v1/snapshot`,
     `/healthz`, `/readyz`, `/metrics`, and OpenAPI at `/schema`.
@@ -85,13 +87,13 @@ def create_app(
     """
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
+    answers = answers or AnswerMetrics()
     snapshots = snapshots or Snapshots(pool)
     readiness = Readiness(index, pool, followed)
     stages = PromptMetrics(scorer.prompts)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots, stages)
+    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots, answers, stages)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
-
-    score = score_route(scorer, followed, checks, metrics, stages, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
+    score = score_route(scorer, followed, checks, answers, stages, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @get("/v1/pods")
     async def pods() -> Pods:

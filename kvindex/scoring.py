@@ -1,7 +1,6 @@
 """`POST /v1/score`: which pods hold how much of a prompt, given as token ids, text, messages or an OpenAI body."""
 
 import asyncio
-import time
 from typing import Any
 
 import msgspec
@@ -13,8 +12,8 @@ from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_422_UN
 
 from indexer import Prompt
 from kvevents import discovery
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
-from kvindex.metrics import Metrics
 from kvindex.tokenizing import PromptMetrics
 from scorer import InvalidRequest, NoTokenizer, PodMatch, PrefixScorer, ScorerError, Timings, Unavailable, scores_of
 
@@ -56,7 +55,7 @@ def score_route(
     scorer: PrefixScorer,
     followed: discovery.Follower,
     checks: Checks,
-    metrics: Metrics,
+    answers: AnswerMetrics,
     stages: PromptMetrics,
     *,
     max_tokens: int,
@@ -67,37 +66,38 @@ def score_route(
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def score(request: Request[Any, Any, Any], data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
         """Say which pods hold how much of a prompt."""
-        start = time.perf_counter()
         timings = Timings()
         model, adapter = scorer.prompts.tokenizers.resolve(data.model)
         checks.asked.note(model, data.pods)
         pods = None if data.pods is None else followed.resolve(data.pods)
         try:
-            if data.token_ids is not None:
-                refuse_unknown(ScoreRequest, await request.body())
-                _check_length("token_ids", len(data.token_ids), max_tokens)
-            if data.token_ids is not None and not data.timings and adapter is None:
-                length = len(data.token_ids)
-                matches = await scorer.amatch(
-                    data.token_ids,
-                    model=model,
-                    pods=pods,
-                    lora_name=data.lora_name,
-                    cache_salt=data.cache_salt,
-                    mm_items=data.mm_items,
-                )
-            else:
-                prompts = await read_prompts(scorer, await request.body(), timings, max_tokens=max_tokens)
-                length = sum(prompt.length for prompt in prompts)
-                asked = timings if data.timings else None
-                matches = await asyncio.to_thread(scorer.match_all, prompts, pods=pods, timings=asked)
+            with answers.question("http") as question:
+                if data.token_ids is not None:
+                    refuse_unknown(ScoreRequest, await request.body())
+                    _check_length("token_ids", len(data.token_ids), max_tokens)
+                if data.token_ids is not None and not data.timings and adapter is None:
+                    length = len(data.token_ids)
+                    matches = await question.run(
+                        scorer.match,
+                        data.token_ids,
+                        model=model,
+                        pods=pods,
+                        lora_name=data.lora_name,
+                        cache_salt=data.cache_salt,
+                        mm_items=data.mm_items,
+                    )
+                else:
+                    prompts = await read_prompts(scorer, await request.body(), timings, max_tokens=max_tokens)
+                    length = sum(prompt.length for prompt in prompts)
+                    asked = timings if data.timings else None
+                    matches = await question.run(scorer.match_all, prompts, pods=pods, timings=asked)
+                size = await asyncio.to_thread(scorer.block_size, model)
+                question.found(matches, tokens=length, block_size=size)
         except ScorerError as error:
             raise refusal(error) from error
-        metrics.answered(time.perf_counter() - start)
         stages.answered(timings)
         scores = scores_of(matches)
         best = next(iter(scores), None)
-        size = await asyncio.to_thread(scorer.block_size, model)
         told = timings if data.timings else None
         return Response(ScoreAnswer(scores, matches, size, length, best, told))
 
@@ -126,8 +126,7 @@ def refuse_unknown(kind: type[msgspec.Struct], body: bytes) -> None:
     """Refuse what a body has beside token ids and their like: a name spelt wrong must not change an answer unseen."""
     known = {field.name for field in msgspec.structs.fields(kind)} - {"prompt", "messages"}
     if unknown := sorted(_NAMES.decode(body).keys() - known):
-        detail = f"{unknown[0][:80]}: unknown field beside token_ids; known are {', '.join(sorted(known))}"
-        raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=detail)
+        raise InvalidRequest(f"{unknown[0][:80]}: unknown field beside token_ids; known are {', '.join(sorted(known))}")
 
 
 def _read(scorer: PrefixScorer, body: bytes, timings: Timings | None) -> tuple[str, list[Prompt]]:
@@ -142,5 +141,4 @@ def _read(scorer: PrefixScorer, body: bytes, timings: Timings | None) -> tuple[s
 
 def _check_length(field: str, length: int, max_tokens: int) -> None:
     if length > max_tokens:
-        detail = f"{field}: {length} tokens, at most {max_tokens} are answered"
-        raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=detail)
+        raise InvalidRequest(f"{field}: {length} tokens, at most {max_tokens} are answered")

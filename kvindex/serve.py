@@ -1,4 +1,4 @@
-"""`kvindex serve`: events in, scores out over HTTP."""
+"""`kvindex serve`: events in, scores out over HTTP and, where it is asked for, gRPC."""
 
 import contextlib
 import signal
@@ -10,11 +10,13 @@ import uvicorn
 
 from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.config import Config
 from kvindex.errors import UserError
 from kvindex.http import create_app
 from kvindex.pods import follow
+from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
 from kvindex.tokenizing import open_prompts
 from scorer import PrefixScorer
@@ -69,6 +71,7 @@ def run_serve(config: Config) -> int:
         checks = Checks(index, pool, follower if follows else None)
         running.callback(checks.close)
         checks.start()
+        answers = AnswerMetrics()
         app = create_app(
             scorer,
             index,
@@ -78,7 +81,11 @@ def run_serve(config: Config) -> int:
             max_body_bytes=config.http.max_body_bytes,
             checks=checks,
             snapshots=snapshots,
+            answers=answers,
         )
+        grpc_port = serve_grpc(config.grpc, scorer, follower, checks.asked, answers, running)
+        if grpc_port is not None:
+            log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))

@@ -1173,6 +1173,12 @@ def test_live_messages_that_go_on_from_a_position_prove_nothing():
     world.check_exact()
 
 
+def test_who_goes_on_from_a_position_asks_before_it_believes_what_comes():
+    known = following(3).recovery.position
+    assert told(Recovery(position=known).live(run(3), 0)) == ["doubt", "ask 2"]
+    assert not Recovery(position=known).goes_on(run(3), 0)
+
+
 def test_it_is_behind_when_a_replay_stopped_in_the_middle():
     recovery = Recovery()
     recovery.connected(0)
