@@ -90,10 +90,11 @@ def create_app(
     answers = answers or AnswerMetrics()
     snapshots = snapshots or Snapshots(pool)
     readiness = Readiness(index, pool, followed)
-    stages = PromptMetrics(scorer.prompts)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots, answers, stages)
+    collectors = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers)
+    metrics = Metrics(index, pool, followed, *collectors)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
-    score = score_route(scorer, followed, checks, answers, stages, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
+
+    score = score_route(scorer, followed, checks, answers, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @get("/v1/pods")
     async def pods() -> Pods:

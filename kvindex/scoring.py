@@ -14,7 +14,6 @@ from indexer import Prompt
 from kvevents import discovery
 from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
-from kvindex.tokenizing import PromptMetrics
 from scorer import InvalidRequest, NoTokenizer, PodMatch, PrefixScorer, ScorerError, Timings, Unavailable, scores_of
 
 
@@ -56,7 +55,6 @@ def score_route(
     followed: discovery.Follower,
     checks: Checks,
     answers: AnswerMetrics,
-    stages: PromptMetrics,
     *,
     max_tokens: int,
     max_body_bytes: int,
@@ -95,7 +93,7 @@ def score_route(
                 question.found(matches, tokens=length, block_size=size)
         except ScorerError as error:
             raise refusal(error) from error
-        stages.answered(timings)
+        answers.tokenized(timings)
         scores = scores_of(matches)
         best = next(iter(scores), None)
         told = timings if data.timings else None

@@ -4,16 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvindex.config import TokenizersConfig
 from kvindex.errors import UserError
 from kvindex.remote_tokenizer import VllmTokenizer
-from scorer import PrefixStats, PrefixStore, Prompts, Renderer, Timings, Tokenizers
-
-_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
+from scorer import PrefixStats, PrefixStore, Prompts, Renderer, Tokenizers
 
 
 def open_prompts(config: TokenizersConfig, running: contextlib.ExitStack) -> Prompts:
@@ -43,28 +40,13 @@ def open_prompts(config: TokenizersConfig, running: contextlib.ExitStack) -> Pro
 
 
 class PromptMetrics(Collector):
-    """Time by stage, under llm-d's names where it has them, and what the prefix store does."""
+    """What the prefix store does."""
 
     def __init__(self, prompts: Prompts) -> None:
         self._prompts = prompts
-        self._render, self._tokenize = (
-            Histogram(f"kvcache_tokenization_{name}_latency_seconds", what, buckets=_BUCKETS, registry=None)
-            for name, what in (
-                ("render_chat_template", "Time to render the messages of one question"),
-                ("tokenization", "Time to tokenize the text of one question"),
-            )
-        )
-
-    def answered(self, timings: Timings) -> None:
-        """Count the stages of one question that went through them."""
-        for histogram, seconds in ((self._render, timings.render), (self._tokenize, timings.tokenize)):
-            if seconds:
-                histogram.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
-        yield from self._render.collect()
-        yield from self._tokenize.collect()
         if self._prompts.store is not None:
             yield from _of_store(self._prompts.store.stats())
 

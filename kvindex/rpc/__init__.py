@@ -32,7 +32,7 @@ def serve_grpc(
             f"grpc.port {config.port}: {error}; install 'kv-cache-indexer[grpc]', or leave the key out"
         ) from error
     schema = open_schema()
-    calls = Calls(schema, scorer, followed, asked, metrics, max_tokens=config.max_tokens, texts=scorer)
+    calls = Calls(schema, scorer, followed, asked, metrics, max_tokens=config.max_tokens)
     server = RpcServer(calls, schema, host=config.host, port=config.port, max_message_bytes=config.max_message_bytes)
     running.callback(server.close)
     return server.start()
