@@ -66,13 +66,16 @@ class ClosedLoop:
     def amended(self, holdings: Sequence[Holding], prompt: Prompt, size: int) -> list[Holding]:
         """Put right what the index says of sources that evidently hold something else."""
         followed = self._observer.shadows.followed
-        return [self._amend(holding, prompt, size) if holding.source in followed else holding for holding in holdings]
+        return [
+            self._amend(holding, prompt, size, followed[holding.source]) if holding.source in followed else holding
+            for holding in holdings
+        ]
 
-    def _amend(self, holding: Holding, prompt: Prompt, size: int) -> Holding:
+    def _amend(self, holding: Holding, prompt: Prompt, size: int, way: int) -> Holding:
         foreseen = self._foresee(holding, prompt, size)
-        if foreseen is None or foreseen.blocks == holding.tokens // size:
+        if foreseen is None or foreseen.blocks[way] == holding.tokens // size:
             return holding
-        tokens = foreseen.blocks * size
+        tokens = foreseen.blocks[way] * size
         reusable = min(tokens, max(0, prompt.length - 1) // size * size)
         return Holding(holding.source, tokens, reusable, _fitted(holding.runs, tokens), holding.degraded)
 

@@ -207,8 +207,8 @@ class Observer:
                 keys,
                 reused,
                 reusable=max(0, length - 1) // size,
-                said=prediction.told // size if comparable else None,
                 foreseen=prediction.foreseen,
+                comparable=comparable,
                 suspect=suspect,
             )
         return Observation(*source, prediction.tokens, cached_tokens, error, outcome, drifting)

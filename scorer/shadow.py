@@ -12,7 +12,7 @@ follow it only as long as it has lately been less wrong than the index.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from indexer import Source
@@ -27,13 +27,13 @@ IDLE = 1_000
 """A shadow that was not followed for so many requests is dropped."""
 
 _FADE = 1 - 1 / MEMORY
+_WAYS = 5
 
 
 class Foresight(NamedTuple):
-    """What a shadow says about a prompt."""
+    """What may be said of a prompt, in leading blocks: by the index alone, and by a shadow in each of `Order.runs`."""
 
-    blocks: int
-    """Leading blocks that the engine presumably has."""
+    blocks: tuple[int, ...]
     moment: int
     """When that was asked, in requests that were taken."""
 
@@ -56,7 +56,7 @@ class Order:
         return len(self.alive) + len(self.lost)
 
     def take(self, keys: Sequence[int], reused: int, *, ended: bool, since: int) -> None:
-        """Take a request for these blocks that reused the first so many.
+        """Take a request for these blocks and a part of one, that reused the first so many.
 
         `ended` says that the engine looked for one more and did not find it. `since` is the moment at which the request
         was sent: what was used later than that may well have been gone when it ran.
@@ -67,6 +67,7 @@ class Order:
         if ended and self.alive.get(keys[reused], since + 1) <= since:
             self._lose(keys[reused])
         self.moment += 1
+        self.alive[-self.moment] = self.moment  # the block that was begun takes room, too
         for key in reversed(keys):
             self.lost.pop(key, None)
             self.alive[key] = self.moment
@@ -91,18 +92,21 @@ class Order:
         if self.room is not None:
             self.room = max(self.room, len(self.alive))
 
-    def run(self, keys: Sequence[int], held: int, spans: Sequence[tuple[int, int]]) -> int:
+    def runs(self, keys: Sequence[int], held: int, spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """Give how many leading blocks are there, where the index says so of the first `held`.
 
-        `spans` are the ranges of these that lie nowhere but in what this is the order of.
+        `spans` are the ranges of these that lie nowhere but in what this is the order of. First what the index says;
+        then that up to the first block that is lost, and that up to the first that is not alive, as one that was not
+        used since this began must be lost when anything is; and both again, where they do not end sooner than the
+        index, with the blocks after it that are alive, as their events may be what was lost.
         """
-        for start, end in spans:
-            for number in range(start, end):
-                if keys[number] in self.lost:
-                    return number
-        while held < len(keys) and keys[held] in self.alive:
-            held += 1
-        return held
+        own = [number for span in spans for number in range(*span)]
+        known = next((number for number in own if keys[number] in self.lost), held)
+        sure = known if self.room is None else next((n for n in own if keys[n] not in self.alive), held)
+        end = held
+        while end < len(keys) and keys[end] in self.alive:
+            end += 1
+        return held, known, sure, end if known == held else known, end if sure == held else sure
 
     def forget_oldest(self) -> None:
         """Forget the block that was used the longest ago."""
@@ -110,15 +114,19 @@ class Order:
 
 
 class _Shadow:
-    """The order of one source, and how well it has done."""
+    """The order of one source, and how well each way to answer has done."""
 
-    __slots__ = ("idle", "index_error", "order", "own_error")
+    __slots__ = ("errors", "idle", "order")
 
     def __init__(self) -> None:
         self.order = Order()
-        self.index_error = 0.0
-        self.own_error = 0.0
+        self.errors = [0.0] * _WAYS
         self.idle = 0
+
+    def best(self) -> int:
+        """Give the way to answer that has been wrong the least; 0 is the index alone."""
+        best = min(range(_WAYS), key=self.errors.__getitem__)
+        return best if self.errors[best] + MARGIN < self.errors[0] else 0
 
 
 class Shadows:
@@ -128,7 +136,7 @@ class Shadows:
         self._max = max_keys
         self._lock = threading.Lock()
         self._shadows: dict[Source, _Shadow] = {}
-        self._followed: frozenset[Source] = frozenset()
+        self._followed: dict[Source, int] = {}
         self._keys = 0
 
     def __len__(self) -> int:
@@ -136,8 +144,8 @@ class Shadows:
         return self._keys
 
     @property
-    def followed(self) -> frozenset[Source]:
-        """The sources for which answers should follow their shadow."""
+    def followed(self) -> Mapping[Source, int]:
+        """The sources for which answers should follow a shadow, and which number of a `Foresight` they should take."""
         return self._followed
 
     def begin(self, source: Source) -> None:
@@ -148,12 +156,12 @@ class Shadows:
     def foresee(
         self, source: Source, keys: Sequence[int], held: int, spans: Sequence[tuple[int, int]]
     ) -> Foresight | None:
-        """Give what `Order.run` does; None where the source is not watched."""
+        """Give what `Order.runs` does; None where the source is not watched."""
         if source not in self._shadows:
             return None
         with self._lock:
             shadow = self._shadows.get(source)
-            return shadow and Foresight(shadow.order.run(keys, held, spans), shadow.order.moment)
+            return None if shadow is None else Foresight(shadow.order.runs(keys, held, spans), shadow.order.moment)
 
     def take(
         self,
@@ -162,32 +170,32 @@ class Shadows:
         reused: int,
         *,
         reusable: int,
-        said: int | None,
         foreseen: Foresight | None,
+        comparable: bool,
         suspect: bool,
     ) -> None:
         """Take a request of a source that reused so many of the `reusable` first blocks.
 
-        `said` is what the index predicted of these, None where nobody knows; `foreseen` what the shadow did. Only a
+        `foreseen` is what could be said before it ran; where that is not `comparable`, nobody is blamed. Only a
         `suspect` source is answered for by its shadow. Nothing happens where the source is not watched.
         """
         with self._lock:
             shadow = self._shadows.get(source)
             if shadow is None:
                 return
-            if foreseen is not None and said is not None:
-                shadow.index_error = shadow.index_error * _FADE + abs(said - reused)
-                shadow.own_error = shadow.own_error * _FADE + abs(min(foreseen.blocks, reusable) - reused)
+            if foreseen is not None and comparable:
+                for way, blocks in enumerate(foreseen.blocks):
+                    shadow.errors[way] = shadow.errors[way] * _FADE + abs(min(blocks, reusable) - reused)
             order, before = shadow.order, len(shadow.order)
             since = order.moment if foreseen is None else foreseen.moment
             order.take(keys, reused, ended=reused < reusable, since=since)
             self._keys += len(order) - before
-            follow = suspect and shadow.index_error > shadow.own_error + MARGIN
-            shadow.idle = 0 if follow else shadow.idle + 1
+            way = shadow.best() if suspect else 0
+            shadow.idle = 0 if way else shadow.idle + 1
             if shadow.idle > IDLE:
                 self._drop(source)
-            elif (source in self._followed) != follow:
-                self._followed ^= {source}
+            else:
+                self._follow(source, way)
             if self._keys > self._max:
                 self._shrink()
 
@@ -199,7 +207,12 @@ class Shadows:
 
     def _drop(self, source: Source) -> None:
         self._keys -= len(self._shadows.pop(source).order)
-        self._followed -= {source}
+        self._follow(source, 0)
+
+    def _follow(self, source: Source, way: int) -> None:
+        if self._followed.get(source, 0) != way:
+            rest = {other: its for other, its in self._followed.items() if other != source}
+            self._followed = {**rest, source: way} if way else rest
 
     def _shrink(self) -> None:
         """Forget an eighth of all blocks, the oldest of the source that has the most first."""
