@@ -82,9 +82,11 @@ class ClosedLoop:
     def _foresee(self, holding: Holding, prompt: Prompt, size: int) -> Foresight | None:
         if holding.degraded.startswith(UNREACHABLE):
             return None
-        return self._observer.shadows.foresee(
-            holding.source, _keys_of(prompt, size), holding.tokens // size, _spans_of(holding.runs, size)
-        )
+        keys = _keys_of(prompt, size)
+        # what a request on its way uses will be there when the next one runs
+        coming = self._routed.run(holding.source, keys, 0)
+        spans = [(max(start, coming), end) for start, end in _spans_of(holding.runs, size)]
+        return self._observer.shadows.foresee(holding.source, keys, holding.tokens // size, spans)
 
     def notes_of(self, source: Source, tokens: int, prompt: Prompt, size: int) -> Notes:
         """Say what is known of a source that holds so many tokens of a prompt."""

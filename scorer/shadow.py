@@ -11,7 +11,7 @@ follow it only as long as it has lately been less wrong than the index.
 """
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,8 +21,12 @@ MAX_KEYS = 524_288
 """Blocks remembered of all sources; about 100 MiB, which only pods that drift can fill."""
 MEMORY = 200
 """Requests after which an error counts for a third of what it did."""
-MARGIN = 0.5
-"""Blocks by which the index's weighted errors must exceed those of the shadow for it to be followed."""
+SHARE, MARGIN = 0.8, 0.5
+"""The shadow's weighted errors must be less than that share of the index's less so many blocks for it to be followed."""
+EVIDENCE = 256
+"""Blocks seen to be there or not that say where the border lies."""
+MAX_USES = 16_384
+"""Requests of a source that are remembered."""
 IDLE = 1_000
 """A shadow that was not followed for so many requests is dropped."""
 
@@ -38,79 +42,134 @@ class Foresight(NamedTuple):
     """When that was asked, in requests that were taken."""
 
 
-class Order:
-    """The blocks of one engine in the order of last use, and where in it the border lies. Not for several threads."""
+class _Use:
+    """One request that is remembered, and its blocks that no later one has used: always its last ones."""
 
-    __slots__ = ("alive", "lost", "moment", "room")
+    __slots__ = ("end", "keys", "left")
+
+    def __init__(self, keys: Sequence[int]) -> None:
+        self.keys = keys
+        self.end = self.left = len(keys)
+
+    def take_first(self) -> None:
+        """Hear that the first block that was left was used again."""
+        self.left -= 1
+        if 2 * self.left < len(self.keys):
+            self.keys = self.keys[len(self.keys) - self.left :]
+
+    def after(self, number: int) -> int:
+        """Give how many of these blocks are evicted after the one that is number so many in its prompt."""
+        return number - (self.end - self.left)
+
+
+class Order:
+    """The blocks of one engine in the order of last use, and where in it the border lies. Not for several threads.
+
+    The distance of a block is how many are evicted after it. Blocks of a prompt share their predecessors, so that a
+    block was never used later than those before it, and distances grow along a prompt.
+    """
+
+    __slots__ = ("_border", "_last", "_seen", "_uses", "moment", "room")
 
     def __init__(self) -> None:
-        self.alive: OrderedDict[int, int] = OrderedDict()
-        """Blocks that the engine has, the next to be evicted first, with the moment of their last use."""
-        self.lost: OrderedDict[int, int] = OrderedDict()
-        """Blocks that it has no more, the last to be evicted last. None of them was used after one of `alive`."""
+        self._uses: OrderedDict[int, _Use] = OrderedDict()
+        self._last: dict[int, int] = {}
+        """The moment at which a block was used last."""
+        self._seen: deque[tuple[int, bool]] = deque(maxlen=EVIDENCE)
+        """Distances of blocks, and whether they were there."""
+        self._border = (0, 0)
+        """The request of which a part is evicted, and how many of its blocks are not."""
         self.room: int | None = None
-        """Blocks that fit, None before anything was seen to be evicted."""
+        """Distance from which on blocks are lost, None before any was seen to be."""
         self.moment = 0
 
     def __len__(self) -> int:
-        return len(self.alive) + len(self.lost)
+        return len(self._last)
 
     def take(self, keys: Sequence[int], reused: int, *, ended: bool, since: int) -> None:
         """Take a request for these blocks and a part of one, that reused the first so many.
 
         `ended` says that the engine looked for one more and did not find it. `since` is the moment at which the request
-        was sent: what was used later than that may well have been gone when it ran.
+        was sent: what others used later says nothing.
         """
-        for key in keys[:reused]:
-            if key in self.lost:
-                self._revive(key)
-        if ended and self.alive.get(keys[reused], since + 1) <= since:
-            self._lose(keys[reused])
+        if reused:
+            self._see(keys, reused - 1, since, there=True)
+        if ended:
+            self._see(keys, reused, since, there=False)
         self.moment += 1
-        self.alive[-self.moment] = self.moment  # the block that was begun takes room, too
-        for key in reversed(keys):
-            self.lost.pop(key, None)
-            self.alive[key] = self.moment
-            self.alive.move_to_end(key)
-        while self.room is not None and len(self.alive) > self.room:
-            self._evict()
+        for key in keys:
+            before = self._last.get(key)
+            if before is not None:
+                self._uses[before].take_first()
+            self._last[key] = self.moment
+        self._uses[self.moment] = _Use(keys)
+        while len(self._uses) > MAX_USES:
+            self.forget_oldest()
+        self._fit()
 
-    def _lose(self, key: int) -> None:
-        while key in self.alive:
-            self._evict()
-        self.room = len(self.alive)
+    def _see(self, keys: Sequence[int], number: int, since: int, *, there: bool) -> None:
+        moment = self._last.get(keys[number], self.moment + 1)
+        if moment > since:
+            return
+        distance = self._uses[moment].after(number)
+        for later in reversed(self._uses):
+            if later <= moment:
+                break
+            if later <= since:
+                distance += self._uses[later].left + 1  # the block that was begun takes room, too
+        self._seen.append((distance, there))
 
-    def _evict(self) -> None:
-        key, moment = self.alive.popitem(last=False)
-        self.lost[key] = moment
+    def _fit(self) -> None:
+        """Put the border where it is in accord with the most of what was seen."""
+        best = wrong = sum(there for _, there in self._seen)
+        room, ordered = 0, sorted(self._seen)
+        self.room = None if wrong == len(ordered) else ordered[0][0]
+        for place, (distance, there) in enumerate(ordered):
+            wrong += -1 if there else 1
+            beyond = place + 1 == len(ordered)
+            if wrong <= best and (beyond or ordered[place + 1][0] > distance):
+                best, room = wrong, distance + 1 if beyond else ordered[place + 1][0]
+                self.room = self.room if self.room is None else room
+        self._border, nearer = (0, 0), 0
+        for moment, use in reversed(self._uses.items()):
+            if self.room is None:
+                return
+            if nearer + use.left > self.room:
+                self._border = (moment, max(0, self.room - nearer))
+                return
+            nearer += use.left + 1
 
-    def _revive(self, key: int) -> None:
-        while key in self.lost:
-            name, moment = self.lost.popitem()
-            self.alive[name] = moment
-            self.alive.move_to_end(name, last=False)
-        if self.room is not None:
-            self.room = max(self.room, len(self.alive))
+    def _is_there(self, key: int, number: int, *, unknown: bool) -> bool:
+        moment = self._last.get(key)
+        if moment is None:
+            return unknown
+        border, left = self._border
+        return moment > border or (moment == border and self._uses[moment].after(number) < left)
 
     def runs(self, keys: Sequence[int], held: int, spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """Give how many leading blocks are there, where the index says so of the first `held`.
 
         `spans` are the ranges of these that lie nowhere but in what this is the order of. First what the index says;
-        then that up to the first block that is lost, and that up to the first that is not alive, as one that was not
-        used since this began must be lost when anything is; and both again, where they do not end sooner than the
-        index, with the blocks after it that are alive, as their events may be what was lost.
+        then that up to the first block that is lost, and that up to the first that is not known to be there, as what
+        was not used since this began must be lost when anything is; and both again, where they do not end sooner than
+        the index, with the blocks after it that are there, as their events may be what was lost.
         """
         own = [number for span in spans for number in range(*span)]
-        known = next((number for number in own if keys[number] in self.lost), held)
-        sure = known if self.room is None else next((n for n in own if keys[n] not in self.alive), held)
+        known = next((number for number in own if not self._is_there(keys[number], number, unknown=True)), held)
+        sure = known
+        if self.room is not None:
+            sure = next((number for number in own if not self._is_there(keys[number], number, unknown=False)), held)
         end = held
-        while end < len(keys) and keys[end] in self.alive:
+        while end < len(keys) and self._is_there(keys[end], end, unknown=False):
             end += 1
         return held, known, sure, end if known == held else known, end if sure == held else sure
 
     def forget_oldest(self) -> None:
-        """Forget the block that was used the longest ago."""
-        (self.lost or self.alive).popitem(last=False)
+        """Forget the request that is remembered the longest, with the blocks that it used last."""
+        moment, use = self._uses.popitem(last=False)
+        for key in use.keys:
+            if self._last.get(key) == moment:
+                del self._last[key]
 
 
 class _Shadow:
@@ -126,7 +185,7 @@ class _Shadow:
     def best(self) -> int:
         """Give the way to answer that has been wrong the least; 0 is the index alone."""
         best = min(range(_WAYS), key=self.errors.__getitem__)
-        return best if self.errors[best] + MARGIN < self.errors[0] else 0
+        return best if self.errors[best] + MARGIN < SHARE * self.errors[0] else 0
 
 
 class Shadows:
@@ -218,6 +277,7 @@ class Shadows:
         """Forget an eighth of all blocks, the oldest of the source that has the most first."""
         while self._keys > self._max * 7 // 8:
             order = max((shadow.order for shadow in self._shadows.values()), key=len)
-            for _ in range(-(-len(order) // 8)):
+            before = len(order)
+            while len(order) > before * 7 // 8:
                 order.forget_oldest()
-                self._keys -= 1
+            self._keys -= before - len(order)
