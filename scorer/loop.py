@@ -84,7 +84,7 @@ class ClosedLoop:
             return None
         keys = _keys_of(prompt, size)
         # what a request on its way uses will be there when the next one runs
-        coming = self._routed.run(holding.source, keys, 0)
+        coming = self._routed.reach(holding.source, keys)
         spans = [(max(start, coming), end) for start, end in _spans_of(holding.runs, size)]
         return self._observer.shadows.foresee(holding.source, keys, holding.tokens // size, spans)
 

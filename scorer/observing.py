@@ -207,6 +207,7 @@ class Observer:
                 keys,
                 reused,
                 reusable=max(0, length - 1) // size,
+                partial=length % size > 0,
                 foreseen=prediction.foreseen,
                 comparable=comparable,
                 suspect=suspect,

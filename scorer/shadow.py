@@ -45,10 +45,12 @@ class Foresight(NamedTuple):
 class _Use:
     """One request that is remembered, and its blocks that no later one has used: always its last ones."""
 
-    __slots__ = ("end", "keys", "left")
+    __slots__ = ("end", "keys", "left", "nameless")
 
-    def __init__(self, keys: Sequence[int]) -> None:
+    def __init__(self, keys: Sequence[int], *, nameless: bool) -> None:
         self.keys = keys
+        self.nameless = nameless
+        """Whether it took room for one more block: the one that was only begun, or a second copy of the last."""
         self.end = self.left = len(keys)
 
     def take_first(self) -> None:
@@ -86,23 +88,24 @@ class Order:
     def __len__(self) -> int:
         return len(self._last)
 
-    def take(self, keys: Sequence[int], reused: int, *, ended: bool, since: int) -> None:
-        """Take a request for these blocks and a part of one, that reused the first so many.
+    def take(self, keys: Sequence[int], reused: int, *, reusable: int, partial: bool, since: int) -> None:
+        """Take a request for these blocks, and a part of one more if `partial`, that reused the first so many.
 
-        `ended` says that the engine looked for one more and did not find it. `since` is the moment at which the request
-        was sent: what others used later says nothing.
+        Where that is fewer than are `reusable` the engine looked for one more and did not find it. `since` is the
+        moment at which the request was sent: what others used later says nothing.
         """
         if reused:
             self._see(keys, reused - 1, since, there=True)
-        if ended:
+        if reused < reusable:
             self._see(keys, reused, since, there=False)
+        nameless = partial or (reused == reusable < len(keys) and keys[-1] in self._last)
         self.moment += 1
         for key in keys:
             before = self._last.get(key)
             if before is not None:
                 self._uses[before].take_first()
             self._last[key] = self.moment
-        self._uses[self.moment] = _Use(keys)
+        self._uses[self.moment] = _Use(keys, nameless=nameless)
         while len(self._uses) > MAX_USES:
             self.forget_oldest()
         self._fit()
@@ -116,7 +119,7 @@ class Order:
             if later <= moment:
                 break
             if later <= since:
-                distance += self._uses[later].left + 1  # the block that was begun takes room, too
+                distance += self._uses[later].left + self._uses[later].nameless
         self._seen.append((distance, there))
 
     def _fit(self) -> None:
@@ -137,7 +140,7 @@ class Order:
             if nearer + use.left > self.room:
                 self._border = (moment, max(0, self.room - nearer))
                 return
-            nearer += use.left + 1
+            nearer += use.left + use.nameless
 
     def _is_there(self, key: int, number: int, *, unknown: bool) -> bool:
         moment = self._last.get(key)
@@ -229,6 +232,7 @@ class Shadows:
         reused: int,
         *,
         reusable: int,
+        partial: bool,
         foreseen: Foresight | None,
         comparable: bool,
         suspect: bool,
@@ -247,7 +251,7 @@ class Shadows:
                     shadow.errors[way] = shadow.errors[way] * _FADE + abs(min(blocks, reusable) - reused)
             order, before = shadow.order, len(shadow.order)
             since = order.moment if foreseen is None else foreseen.moment
-            order.take(keys, reused, ended=reused < reusable, since=since)
+            order.take(keys, reused, reusable=reusable, partial=partial, since=since)
             self._keys += len(order) - before
             way = shadow.best() if suspect else 0
             shadow.idle = 0 if way else shadow.idle + 1
