@@ -21,17 +21,18 @@ MAX_KEYS = 524_288
 """Blocks remembered of all sources; about 100 MiB, which only pods that drift can fill."""
 MEMORY = 200
 """Requests after which an error counts for a third of what it did."""
-SHARE, MARGIN = 0.8, 0.5
+SHARE, MARGIN = 0.75, 0.5
 """The shadow's weighted errors must be less than that share of the index's less so many blocks for it to be followed."""
 EVIDENCE = 256
 """Blocks seen to be there or not that say where the border lies."""
 MAX_USES = 16_384
 """Requests of a source that are remembered."""
+FEW = (2, 4, 8)
 IDLE = 1_000
 """A shadow that was not followed for so many requests is dropped."""
 
 _FADE = 1 - 1 / MEMORY
-_WAYS = 5
+_WAYS = 5 + len(FEW)
 
 
 class Foresight(NamedTuple):
@@ -165,7 +166,8 @@ class Order:
         end = held
         while end < len(keys) and self._is_there(keys[end], end, unknown=False):
             end += 1
-        return held, known, sure, end if known == held else known, end if sure == held else sure
+        few = [sure if held - sure <= bound else held for bound in FEW]
+        return held, known, sure, end if known == held else known, end if sure == held else sure, *few
 
     def forget_oldest(self) -> None:
         """Forget the request that is remembered the longest, with the blocks that it used last."""
