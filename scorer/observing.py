@@ -200,7 +200,7 @@ class Observer:
             # Events come in order: once the copies of the run are counted, so is every removal that was not lost, and a
             # healthy pod has no more than one left. So this waits for no mark.
             missed = [*owed, *lost]
-            if (missed or told in STALE) and self._heal(source, missed):
+            if (missed or told in STALE) and self._heal(source, missed) and suspect:
                 self.shadows.begin(source)
             self.shadows.take(
                 source,
@@ -210,7 +210,6 @@ class Observer:
                 partial=length % size > 0,
                 foreseen=prediction.foreseen,
                 comparable=comparable,
-                suspect=suspect,
             )
         return Observation(*source, prediction.tokens, cached_tokens, error, outcome, drifting)
 

@@ -112,8 +112,8 @@ class Order:
         self._fit()
 
     def _see(self, keys: Sequence[int], number: int, since: int, *, there: bool) -> None:
-        moment = self._last.get(keys[number], self.moment + 1)
-        if moment > since:
+        moment = self._last.get(keys[number])
+        if moment is None or moment > since:
             return
         distance = self._uses[moment].after(number)
         for later in reversed(self._uses):
@@ -237,12 +237,11 @@ class Shadows:
         partial: bool,
         foreseen: Foresight | None,
         comparable: bool,
-        suspect: bool,
     ) -> None:
-        """Take a request of a source that reused so many of the `reusable` first blocks.
+        """Take a request of a source that reused so many of the `reusable` first blocks; see `Order.take`.
 
-        `foreseen` is what could be said before it ran; where that is not `comparable`, nobody is blamed. Only a
-        `suspect` source is answered for by its shadow. Nothing happens where the source is not watched.
+        `foreseen` is what could be said before it ran; where that is not `comparable`, nobody is blamed. Nothing happens
+        where the source is not watched.
         """
         with self._lock:
             shadow = self._shadows.get(source)
@@ -255,7 +254,7 @@ class Shadows:
             since = order.moment if foreseen is None else foreseen.moment
             order.take(keys, reused, reusable=reusable, partial=partial, since=since)
             self._keys += len(order) - before
-            way = shadow.best() if suspect else 0
+            way = shadow.best()
             shadow.idle = 0 if way else shadow.idle + 1
             if shadow.idle > IDLE:
                 self._drop(source)
