@@ -19,20 +19,26 @@ from indexer import Source
 
 MAX_KEYS = 524_288
 """Blocks remembered of all sources; about 100 MiB, which only pods that drift can fill."""
-MEMORY = 200
-"""Requests after which an error counts for a third of what it did."""
-SHARE, MARGIN = 0.75, 0.5
-"""The shadow's weighted errors must be less than that share of the index's less so many blocks for it to be followed."""
 EVIDENCE = 256
 """Blocks seen to be there or not that say where the border lies."""
 MAX_USES = 16_384
 """Requests of a source that are remembered."""
+MEMORY = 200
+"""Requests after which an error counts for a third of what it did."""
 FEW = (2, 4, 8)
+"""Where few removals are lost, the index says of few blocks too many that they are there: more than that are."""
+CUTS, MORE = 0.75, 0.5
+"""What the errors of a way to answer must be less than for it to be followed, as a share of those of the index: ways
+that take blocks from its answers, and ways that add some."""
+MARGIN = 0.5
+"""Blocks by which they must be less than that."""
+TRIED = 16
+"""Requests, weighted like errors, that the index must have been wrong on before a way that adds blocks is followed."""
 IDLE = 1_000
 """A shadow that was not followed for so many requests is dropped."""
 
 _FADE = 1 - 1 / MEMORY
-_WAYS = 5 + len(FEW)
+_SHARES = (1.0, CUTS, CUTS, *(CUTS for _ in FEW), MORE, MORE)
 
 
 class Foresight(NamedTuple):
@@ -154,9 +160,10 @@ class Order:
         """Give how many leading blocks are there, where the index says so of the first `held`.
 
         `spans` are the ranges of these that lie nowhere but in what this is the order of. First what the index says;
-        then that up to the first block that is lost, and that up to the first that is not known to be there, as what
-        was not used since this began must be lost when anything is; and both again, where they do not end sooner than
-        the index, with the blocks after it that are there, as their events may be what was lost.
+        then that up to the first block that is lost; up to the first that is not known to be there, as what was not
+        used since this began must be lost when anything is; and the same where that takes few blocks, see `FEW`. Last
+        the first two, where they do not end sooner than the index, with the blocks after it that are there, as their
+        events may be what was lost.
         """
         own = [number for span in spans for number in range(*span)]
         known = next((number for number in own if not self._is_there(keys[number], number, unknown=True)), held)
@@ -167,7 +174,7 @@ class Order:
         while end < len(keys) and self._is_there(keys[end], end, unknown=False):
             end += 1
         few = [sure if held - sure <= bound else held for bound in FEW]
-        return held, known, sure, end if known == held else known, end if sure == held else sure, *few
+        return held, known, sure, *few, end if known == held else known, end if sure == held else sure
 
     def forget_oldest(self) -> None:
         """Forget the request that is remembered the longest, with the blocks that it used last."""
@@ -180,17 +187,20 @@ class Order:
 class _Shadow:
     """The order of one source, and how well each way to answer has done."""
 
-    __slots__ = ("errors", "idle", "order")
+    __slots__ = ("errors", "idle", "order", "wrong")
 
     def __init__(self) -> None:
         self.order = Order()
-        self.errors = [0.0] * _WAYS
+        self.errors = [0.0] * len(_SHARES)
+        self.wrong = 0.0
         self.idle = 0
 
     def best(self) -> int:
         """Give the way to answer that has been wrong the least; 0 is the index alone."""
-        best = min(range(_WAYS), key=self.errors.__getitem__)
-        return best if self.errors[best] + MARGIN < SHARE * self.errors[0] else 0
+        bounds = [share * self.errors[0] - MARGIN for share in _SHARES]
+        ways = range(1, len(_SHARES) if self.wrong >= TRIED else len(_SHARES) - 2)
+        good = [way for way in ways if self.errors[way] < bounds[way]]
+        return min(good, key=self.errors.__getitem__, default=0)
 
 
 class Shadows:
@@ -240,14 +250,15 @@ class Shadows:
     ) -> None:
         """Take a request of a source that reused so many of the `reusable` first blocks; see `Order.take`.
 
-        `foreseen` is what could be said before it ran; where that is not `comparable`, nobody is blamed. Nothing happens
-        where the source is not watched.
+        `foreseen` is what could be said before it ran; where that is not `comparable`, nobody is blamed. Nothing
+        happens where the source is not watched.
         """
         with self._lock:
             shadow = self._shadows.get(source)
             if shadow is None:
                 return
             if foreseen is not None and comparable:
+                shadow.wrong = shadow.wrong * _FADE + (min(foreseen.blocks[0], reusable) != reused)
                 for way, blocks in enumerate(foreseen.blocks):
                     shadow.errors[way] = shadow.errors[way] * _FADE + abs(min(blocks, reusable) - reused)
             order, before = shadow.order, len(shadow.order)
