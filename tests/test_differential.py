@@ -136,7 +136,7 @@ def operation(rng):
     """Something that a writer does, as the name of a method and its arguments."""
     source = rng.choice(SOURCES)
     what = rng.choices(["apply", "apply_all", "register", "restart", "degrade", "forget", "expire", "recount",
-                        "surplus"], [20, 4, 2, 0.5, 1, 0.5, 0.5, 1, 1])[0]  # fmt: skip
+                        "surplus"], [20, 4, 2, 0.5, 1, 0.5, 0.5, 2, 2])[0]  # fmt: skip
     if what == "apply":
         return what, (source, events(rng, source)), {}
     if what == "apply_all":

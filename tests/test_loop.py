@@ -59,6 +59,9 @@ class SlowOverlay:
             number += 1
         return number - start
 
+    def reach(self, source, keys, now):
+        return max((place for place, key in enumerate(keys, 1) if self.until.get((source, key), 0) > now), default=0)
+
     def forget(self, source):
         self.until = {at: until for at, until in self.until.items() if at[0] != source}
 
@@ -88,6 +91,7 @@ def test_an_overlay_says_what_a_slow_one_does(steps):
             overlay.refresh(source, keys)
             slow.refresh(source, keys, clock.now)
         elif what == "run":
+            assert overlay.reach(source, keys) == slow.reach(source, keys, clock.now)
             assert overlay.run(source, keys, number) == slow.run(source, keys, number, clock.now)
         elif what == "forget":
             overlay.forget(source)
