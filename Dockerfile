@@ -10,15 +10,17 @@ COPY requirements.lock .
 # Only what the lock names, with its hash; the install below then takes the runtime part of it and nothing else.
 RUN pip download --no-cache-dir --require-hashes -r requirements.lock -d /wheels
 COPY --from=core /wheels /wheels
-RUN /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels 'kv-cache-indexer[kubernetes]' \
+RUN /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels 'kv-cache-indexer[grpc,kubernetes]' \
  && /opt/kvindex/bin/pip uninstall -y setuptools pip
 
 FROM docker.io/library/python:3.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin kvindex
 COPY --from=build /opt/kvindex /opt/kvindex
-ENV PATH=/opt/kvindex/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 KVINDEX_HTTP_HOST=0.0.0.0
+ENV PATH=/opt/kvindex/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 KVINDEX_HTTP_HOST=0.0.0.0 \
+    KVINDEX_GRPC_HOST=0.0.0.0
 USER 10001
-EXPOSE 8080
+# gRPC listens where KVINDEX_GRPC_PORT says, llm-d's clients expect 50051
+EXPOSE 8080 50051
 HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=3 \
   CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('KVINDEX_HTTP_PORT', '8080') + '/healthz', timeout=2)"]
 ENTRYPOINT ["kvindex"]

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from indexer import Source, open_index
 from indexer.events import BlockStored
-from indexer.snapshot import Part, SnapshotIndex, read_snapshot, write_snapshot
+from indexer.snapshots import Part, SnapshotIndex, read_snapshot, write_snapshot
 
 BATCH = 512
 

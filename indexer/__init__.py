@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from indexer import snapshots
 from indexer._impl import Prompt, block_keys, implementation
 from indexer.base import (
     UNREACHABLE,
@@ -59,6 +60,7 @@ __all__ = [
     "block_keys",
     "implementation",
     "open_index",
+    "snapshots",
     "tier_of",
 ]
 

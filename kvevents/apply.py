@@ -9,21 +9,14 @@ from typing import Literal, NamedTuple, TypeAlias, cast
 
 from structlog.typing import FilteringBoundLogger
 
-from indexer import UNREACHABLE, Copies, Decoded, Index, IndexerError, InvalidQuestion, LimitReached, Source
+from indexer import Copies, Decoded, Index, InvalidQuestion, LimitReached, Source
 from kvevents.errors import DecodeError
 from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
+from kvevents.position import PodPosition, PublisherPosition, RankPosition
 from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
 from kvevents.stream import Stream, Verdict
+from kvevents.trust import ASKED_AGAIN, GAP, MISSED_START, NO_EVENTS_YET, RECONNECTED, RESTORED, UNSURE, Trust
 from kvevents.wire import batch_time, decode_batches, name_errors
-
-NO_EVENTS_YET = "no events yet: nothing was received from this source"
-MISSED_START = "gap: what the engine announced before we listened is unknown"
-GAP = "gap: messages were lost"
-ASKED_AGAIN = "behind: messages were asked for again, and are on their way"
-RECONNECTED = "unsure: the connection was lost, and what was said meanwhile cannot be asked for"
-NOT_REACHED = f"{UNREACHABLE}: nothing was heard of this source for long"
-UNSURE = "unsure: messages may be missing, and could not be had again"
-FAILED = "error: events could not be applied"
 
 _NEXT = Verdict.NEXT
 _HEALED = frozenset({Verdict.FIRST, Verdict.RESTART})
@@ -74,14 +67,14 @@ class Applier:
         self._on_gap: OnGap = on_gap
         self._ask = ask
         self._recoveries: dict[Publisher, Recovery] = {}
-        self._behind: set[Publisher] = set()
-        """Publishers whose messages are on their way again."""
-        self._verdicts: dict[Source, str] = {}
-        """Why a source is degraded by the numbers of its messages, "" where it is not."""
+        self._trust = Trust(index, self._sources_of)
         self._unreachable: dict[Publisher, bool] = {}
         """Publishers that cannot be reached, and whether what they said is forgotten."""
         self._heard: dict[Publisher, float] = {}
         """When a publisher spoke last."""
+        self._restored: dict[Publisher, PublisherPosition] = {}
+        """Publishers that were loaded from a snapshot and not followed since."""
+        self._restored_at = 0.0
         self._anew: set[Publisher] = set()
         """Publishers that say all that their caches hold from their next message on."""
         self._model = model
@@ -133,11 +126,87 @@ class Applier:
                 continue
             for flow in self._flows.get(publisher, {}).values():
                 if flow.stream.last is not None:
-                    self._judge(publisher, flow.source, RECONNECTED)
+                    self._trust.judge(publisher, flow.source, RECONNECTED)
 
-    def follow(self, publisher: Publisher) -> None:
-        """Hear that messages of a publisher can be asked for again."""
-        self._recoveries[publisher] = Recovery(first=_first_of(publisher.pod))
+    def follow(self, publisher: Publisher, *, replays: bool, model: str = "") -> None:
+        """Hear that a publisher is subscribed, of a `model` if that is known, and whether its messages can be asked for
+        again.
+
+        One that was loaded from a snapshot goes on from there. Where the pod is another one by now, what was loaded of
+        it is forgotten.
+        """
+        restored = self._restored.get(publisher)
+        mine = {known for known in self._restored if known.pod == publisher.pod}
+        is_another = restored is None or (model and restored.model != model)
+        if mine and is_another and mine >= self._publishers(publisher.pod):
+            self.forget(publisher.pod, keep=False)
+        restored = self._restored.pop(publisher, None)
+        if replays:
+            position = restored.position if restored else None
+            self._recoveries[publisher] = Recovery(_first_of(publisher.pod), position)
+            if restored and position:
+                for rank in restored.ranks:
+                    self._trust.judge(publisher, Source(publisher.pod, rank.rank), rank.verdict)
+                return  # behind, until it was asked
+        self._trust.call_behind(publisher, "")
+
+    def positions(self, pod: str, models: Mapping[Source, str]) -> PodPosition:
+        """Say how far the publishers of a pod were followed. `models` names those of sources."""
+        known = self._publishers(pod) | {publisher for publisher in self._restored if publisher.pod == pod}
+        return PodPosition(pod, [self._position(publisher, models) for publisher in sorted(known)])
+
+    def _position(self, publisher: Publisher, models: Mapping[Source, str]) -> PublisherPosition:
+        flows = self._flows.get(publisher, {})
+        position = self._recoveries[publisher].position if publisher in self._recoveries else None
+        verdicts = {flow.source: self._trust.verdict(flow.source) for flow in flows.values()}
+        if publisher in self._restored and self._restored[publisher].position:
+            position = self._restored[publisher].position
+            verdicts |= {Source(publisher.pod, rank.rank): rank.verdict for rank in self._restored[publisher].ranks}
+        return PublisherPosition(
+            publisher.endpoint,
+            next((models.get(flow.source, "") for flow in flows.values()), ""),
+            [RankPosition(rank, flow.stream.last, verdicts[flow.source]) for rank, flow in sorted(flows.items())],
+            *(position or ()),
+        )
+
+    def restore(self, pod: PodPosition) -> None:
+        """Go on with a pod whose sources were loaded from a snapshot, from where it was followed.
+
+        Until it is known what was said since, none of them counts as exact.
+        """
+        self._restored_at = now = time.monotonic()
+        for known in pod.publishers:
+            publisher = Publisher(pod.pod, known.endpoint)
+            self._restored[publisher] = known
+            self._heard[publisher] = now
+            flows = {}
+            for rank in known.ranks:
+                flow = flows[rank.rank] = _Flow(Source(pod.pod, rank.rank), Stream(first=_first_of(pod.pod)))
+                flow.stream.last = rank.last
+                if rank.last is not None:
+                    self.sequences[flow.source] = rank.last
+            if flows:
+                self._flows[publisher] = flows
+            for flow in flows.values():
+                self._trust.judge(publisher, flow.source, RECONNECTED)
+            if known.position is not None:
+                self._trust.call_behind(publisher, RESTORED)
+
+    def catching_up(self) -> set[str]:
+        """Give the pods of which it is not known yet what they said: since their snapshot, or at all."""
+        return {
+            publisher.pod
+            for publisher, recovery in list(self._recoveries.items())
+            if recovery.is_behind and publisher not in self._unreachable
+        }
+
+    def not_followed(self, endpoints: Collection[str]) -> dict[Publisher, float]:
+        """Give the publishers that were loaded from a snapshot, and for how many seconds nobody has subscribed them.
+
+        Those that come by these endpoints are not subscribed.
+        """
+        since = time.monotonic() - self._restored_at
+        return {publisher: since for publisher in self._restored if publisher.endpoint not in endpoints}
 
     @property
     def is_recovering(self) -> bool:
@@ -159,9 +228,8 @@ class Applier:
         """Do what recovery says. As long as a source is behind it is called that, whatever its messages' numbers
         say.
         """
-        if recovery.is_behind and publisher not in self._behind:
-            self._behind.add(publisher)
-            self._show(publisher)
+        if recovery.is_behind:
+            self._trust.call_behind(publisher, RESTORED if recovery.is_restored else ASKED_AGAIN)
         for action in actions:
             match action:
                 case Deliver(messages):
@@ -173,10 +241,9 @@ class Applier:
                     self._begin_anew(publisher, "restarts_total" if is_restart else "rebuilds_total")
                 case Doubt() | Whole():
                     for source in self._sources_of(publisher):
-                        self._judge(publisher, source, UNSURE if isinstance(action, Doubt) else "")
-        if publisher in self._behind and not recovery.is_behind:
-            self._behind.discard(publisher)
-            self._show(publisher)
+                        self._trust.judge(publisher, source, UNSURE if isinstance(action, Doubt) else "")
+        if not recovery.is_behind:
+            self._trust.call_behind(publisher, "")
 
     def _begin_anew(self, publisher: Publisher, counter: str) -> None:
         """Forget what a publisher said: its engine began anew, or says all of it again."""
@@ -197,45 +264,25 @@ class Applier:
         source = Source(publisher.pod)  # as it was registered when it was subscribed, unless others speak for it
         return [] if source in self._sources() else [source]
 
-    def _show(self, publisher: Publisher) -> None:
-        """Say to the index what the sources of a publisher are worth."""
-        for source in self._sources_of(publisher):
-            self._show_one(publisher, source)
-
-    def _show_one(self, publisher: Publisher, source: Source) -> None:
-        reason = self._verdicts.get(source, NO_EVENTS_YET)
-        if publisher in self._unreachable:
-            reason = NOT_REACHED
-        elif publisher in self._behind:
-            reason = ASKED_AGAIN
-        with suppress(InvalidQuestion):  # it said nothing yet, or was forgotten meanwhile
-            self._index.degrade(source, reason)
-
-    def _judge(self, publisher: Publisher, source: Source, reason: str) -> None:
-        """Say what the numbers of a source's messages mean for it, now or when it is no longer behind."""
-        self._verdicts[source] = reason
-        if publisher not in self._behind and publisher not in self._unreachable:
-            self._show_one(publisher, source)
-
     def hear_unreachable(self, unreachable: Mapping[Publisher, float], visitors: Collection[str]) -> None:
         """Hear which publishers cannot be reached, and for how long: 1 is when they stop being scored, 2 when what they
         hold is forgotten. All others can be reached.
 
-        `visitors` are endpoints to which pods connect by themselves: of those nothing is kept, as they may never come
-        again.
+        `visitors` are endpoints that are not subscribed: pods connect to them, or nobody follows them any more. Of
+        those nothing is kept, as they may never come again.
         """
         for publisher, long in unreachable.items():
             if long >= 1 and publisher not in self._unreachable:
                 self._unreachable[publisher] = False
                 self.counters["unreachable_total"] += 1
                 self._log.warning("unreachable", pod=publisher.pod, endpoint=publisher.endpoint)
-                self._show(publisher)
+                self._trust.call_unreachable(publisher, is_so=True)
             if long >= 2 and not self._unreachable[publisher]:
                 self._unreachable[publisher] = True
                 self._log.info("forgotten", pod=publisher.pod, endpoint=publisher.endpoint)
                 self.counters["forgotten_total"] += 1
                 if publisher.endpoint in visitors and all(
-                    other == publisher for other in self._publishers(publisher.pod)
+                    other == publisher or self._unreachable.get(other) for other in self._publishers(publisher.pod)
                 ):
                     self.forget(publisher.pod, keep=False)
                 else:
@@ -243,20 +290,20 @@ class Applier:
         for publisher in [publisher for publisher in self._unreachable if unreachable.get(publisher, 0.0) < 1]:
             del self._unreachable[publisher]
             self._log.info("reachable", pod=publisher.pod, endpoint=publisher.endpoint)
-            self._show(publisher)
+            self._trust.call_unreachable(publisher, is_so=False)
 
     def _forget_unreachable(self, publisher: Publisher) -> None:
         """Forget what a publisher said that will hardly come back as the same engine."""
-        self._behind.discard(publisher)
+        self._trust.call_behind(publisher, "")
         if publisher in self._recoveries:
-            self.follow(publisher)
+            self._recoveries[publisher] = Recovery(_first_of(publisher.pod))
         for source in self._sources_of(publisher):
-            self._verdicts[source] = NO_EVENTS_YET
+            self._trust.judge(publisher, source, NO_EVENTS_YET)
             with suppress(InvalidQuestion):
                 self._index.restart(source)
         for flow in self._flows.get(publisher, {}).values():
             flow.stream.last = None
-        self._show(publisher)
+        self._trust.show(publisher)
 
     def _publishers(self, pod: str) -> set[Publisher]:
         return {publisher for publisher in [*self._flows, *self._recoveries] if publisher.pod == pod}
@@ -309,7 +356,7 @@ class Applier:
             due.append(batch)
             if batch.clears:
                 self._hand_over(source, due, seq)
-                self._judge(publisher, source, "")  # an empty cache is a known one
+                self._trust.judge(publisher, source, "")  # an empty cache is a known one
                 is_emptied = True
                 due = []
         if source is not None:
@@ -347,9 +394,7 @@ class Applier:
             if publisher.pod == pod:
                 recovery.spoiled(time.monotonic())
         for source in [source for source in self._sources() if source.pod == pod]:
-            self._verdicts[source] = FAILED
-            with suppress(IndexerError):  # it may have been forgotten meanwhile
-                self._index.degrade(source, FAILED)
+            self._trust.call_failed(source)
 
     def _hand_over(self, source: Source, due: list[Decoded], seq: int) -> None:
         if due:
@@ -396,16 +441,16 @@ class Applier:
             self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=seq)
             if self._on_gap == "drop":
                 self._index.restart(source)
-            self._judge(publisher, source, GAP)
+            self._trust.judge(publisher, source, GAP)
             return
         if verdict in (Verdict.RESTART, Verdict.RESTART_LATE):
             self.counters["restarts_total"] += 1
             self._log.info("restart", pod=source.pod, rank=source.rank, seq=seq)
             self._index.restart(source)
         if verdict in _UNKNOWN_PAST:
-            self._judge(publisher, source, MISSED_START)
+            self._trust.judge(publisher, source, MISSED_START)
         elif verdict in _HEALED:
-            self._judge(publisher, source, "")
+            self._trust.judge(publisher, source, "")
 
     def _register(self, source: Source, message: Message, batch: Decoded) -> bool:
         model = message.model or parse_topic(message.topic).model or batch.model or self._model
@@ -427,8 +472,8 @@ class Applier:
         """Forget a pod's sequence numbers, and its blocks unless they are to be kept for somebody else."""
         self._flows = {publisher: flows for publisher, flows in self._flows.items() if publisher.pod != pod}
         self._recoveries = {publisher: known for publisher, known in self._recoveries.items() if publisher.pod != pod}
-        self._behind = {publisher for publisher in self._behind if publisher.pod != pod}
-        self._verdicts = {source: reason for source, reason in self._verdicts.items() if source.pod != pod}
+        self._trust.forget(pod)
+        self._restored = {publisher: known for publisher, known in self._restored.items() if publisher.pod != pod}
         self._unreachable = {publisher: gone for publisher, gone in self._unreachable.items() if publisher.pod != pod}
         self._heard = {publisher: at for publisher, at in self._heard.items() if publisher.pod != pod}
         self._anew = {publisher for publisher in self._anew if publisher.pod != pod}

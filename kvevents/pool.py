@@ -4,19 +4,22 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import structlog
 
-from indexer import Copies, Index, InvalidQuestion, Source
-from kvevents.apply import NO_EVENTS_YET, Applier, LastHeard, OnGap
+from indexer import Copies, Index, InvalidQuestion, Source, snapshots
+from kvevents import position
+from kvevents.apply import Applier, LastHeard, OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
+from kvevents.trust import NO_EVENTS_YET
 
 POD_TIMEOUT_S = 60.0
 SILENT_TIMEOUT_S = 3_600.0
@@ -168,10 +171,9 @@ class EventPool:
                 raise SubscriptionError(f"endpoint {endpoint!r} is subscribed for pod {pod!r} already")
             first = not endpoints
             endpoints.add(endpoint)
-        if replay is not None:
-            number = self._shard(pod)
-            with self._locks[number]:
-                self._appliers[number].follow(Publisher(pod, endpoint))
+        number = self._shard(pod)
+        with self._locks[number]:
+            self._appliers[number].follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
         try:
             self._open().add(
                 Subscription(endpoint, pod=pod, model=model, topic=topic, copies=copies or "", replay=replay)
@@ -224,6 +226,54 @@ class EventPool:
                 return self._index.recount(source, keys)
             except InvalidQuestion:
                 return False
+
+    def snapshot(self) -> Iterator[snapshots.Part]:
+        """Give all that is known, a part for each pod, as it is at one moment; the others' events flow on meanwhile.
+
+        With `indexer.snapshots.write_snapshot` it becomes a file, with `frames` a stream. Raises `InvalidQuestion` for
+        an index that is not in this process: what it knows outlives the process anyway.
+        """
+        index = self._index
+        if not isinstance(index, snapshots.SnapshotIndex):
+            raise InvalidQuestion(f"{index!r} is kept elsewhere: there is nothing to take a snapshot of")
+        return self._parts(index)
+
+    def _parts(self, index: snapshots.SnapshotIndex) -> Iterator[snapshots.Part]:
+        statuses = {status.source: status for status in self._index.sources()}
+        models = {source: status.model for source, status in statuses.items()}
+        by_pod: dict[str, list[Source]] = {}
+        for source in index.followed():
+            by_pod.setdefault(source.pod, []).append(source)
+        for pod, sources in by_pod.items():
+            number = self._shard(pod)
+            with self._locks[number]:
+                part = _part_of(pod, sources, self._appliers[number], index, models)
+            yield part
+
+    def load(self, parts: Iterable[snapshots.Part]) -> int:
+        """Go on from a snapshot, before the pool starts; give how many sources it had.
+
+        Pods that are subscribed with a replay endpoint are asked what they said since, and are `behind` until then;
+        without one they are `unsure`. Those that nobody subscribes are forgotten as if they could not be reached.
+
+        Raises `SnapshotError` when it cannot be used; nothing is known then. Raises `InvalidQuestion` where the index
+        is not in this process, or not empty.
+        """
+        index = self._index
+        if not isinstance(index, snapshots.SnapshotIndex):
+            raise InvalidQuestion(f"{index!r} is kept elsewhere: a snapshot cannot be loaded into it")
+        if self._threads or index.followed():
+            raise InvalidQuestion("a snapshot is loaded before anything is followed, and before the pool starts")
+        try:
+            for part in parts:
+                known = _load_part(part, index)
+                self._appliers[self._shard(known.pod)].restore(known)
+        except BaseException:
+            for pod in {source.pod for source in index.followed()}:
+                self._appliers[self._shard(pod)].forget(pod, keep=False)
+            raise
+        index.settle()
+        return len(index.followed())
 
     def submit(self, message: Message) -> None:
         """Take a message as if it had come from a socket; waits while the queue is full.
@@ -283,6 +333,19 @@ class EventPool:
         """Say for each subscribed pod whether its publishers are connected."""
         return {} if self._receiver is None else self._receiver.connected()
 
+    def awaited(self) -> dict[str, str]:
+        """Say for each pod of which it is not known yet what it holds what is missing: ``connection`` or ``replay``.
+
+        One that cannot be reached for `pod_timeout_s` is not awaited any longer.
+        """
+        pods = {pod: "replay" for applier in self._appliers for pod in applier.catching_up()}
+        for publisher, seconds in ({} if self._receiver is None else self._receiver.unreachable()).items():
+            if seconds < self._pod_timeout_s:
+                pods[publisher.pod] = "connection"
+            else:
+                pods.pop(publisher.pod, None)
+        return pods
+
     def _open(self) -> Receiver:
         with self._lock:
             if self._closed:
@@ -305,14 +368,13 @@ class EventPool:
     def _judge_reach(self, number: int) -> None:
         """Tell a shard which of its publishers cannot be reached, and for how many times as long as they may."""
         receiver, applier = self._receiver, self._appliers[number]
-        if receiver is None:
-            return
-        bound = receiver.bound()
+        bound = set() if receiver is None else receiver.bound()
         unreachable = {p: seconds / self._silent_timeout_s for p, seconds in applier.silences(bound).items()}
-        for publisher, seconds in receiver.unreachable().items():
+        left = applier.not_followed(bound)
+        for publisher, seconds in {**left, **({} if receiver is None else receiver.unreachable())}.items():
             if self._shard(publisher.pod) == number:
                 unreachable[publisher] = seconds / self._pod_timeout_s
-        applier.hear_unreachable(unreachable, bound)
+        applier.hear_unreachable(unreachable, bound | {publisher.endpoint for publisher in left})
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
@@ -356,3 +418,21 @@ class EventPool:
             if number == 0 and time.monotonic() >= expire_at:
                 self._index.expire()
                 expire_at = time.monotonic() + _EXPIRE_EVERY_S
+
+
+def _part_of(
+    pod: str, sources: list[Source], applier: Applier, index: snapshots.SnapshotIndex, models: Mapping[Source, str]
+) -> snapshots.Part:
+    sections = []
+    for source in sources:
+        with suppress(InvalidQuestion):  # it was forgotten meanwhile
+            sections.append(index.dump(source))
+    return snapshots.Part(position.encode(applier.positions(pod, models)), sections)
+
+
+def _load_part(part: snapshots.Part, index: snapshots.SnapshotIndex) -> position.PodPosition:
+    known = position.decode(part.note)
+    for section in part.sources:
+        if (pod := index.load(section).pod) != known.pod:
+            raise snapshots.SnapshotError(f"a source of pod {pod!r} is among those of {known.pod!r}")
+    return known

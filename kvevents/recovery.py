@@ -70,6 +70,17 @@ class Whole(NamedTuple):
 Action: TypeAlias = Deliver | Ask | Begin | Doubt | Whole
 
 
+class Position(NamedTuple):
+    """How far a publisher was followed: to go on from there in another process."""
+
+    last: int
+    """Number of the last message that was applied."""
+    digest: int
+    """Of what it said."""
+    is_whole: bool
+    """No message is missing among those that were applied."""
+
+
 class _Why(Enum):
     START = auto()
     """Nothing is known yet: all that there is, and where that is not from the first message on, what there is."""
@@ -101,19 +112,22 @@ class _Replay:
 class Recovery:
     """See the module. `now` is any clock in seconds that does not go back.
 
-    `first` is the number of a publisher's first message.
+    `first` is the number of a publisher's first message. With a `position` it goes on from there, as after a lost
+    connection.
     """
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, first: int = 0, position: Position | None = None) -> None:
         self._first = first
-        self._last: int | None = None
-        self._digest = 0
-        self._is_whole = True
+        self._last = position.last if position else None
+        self._digest = position.digest if position else 0
+        self._is_whole = position.is_whole if position else True
         """No message is missing among those that were applied."""
-        self._has_begun = False
+        self._has_begun = position is not None
         """What was known before this publisher is forgotten."""
-        self._is_unsure = False
+        self._is_unsure = position is not None
         """The next message may be of another publisher than the last one."""
+        self.is_restored = position is not None
+        """It was not yet asked what it said since its position."""
         self._said: dict[int, int] = {}
         """Digests of what replays said, by number, until live messages are past it: they may say the same."""
         self._replay: _Replay | None = None
@@ -143,8 +157,13 @@ class Recovery:
         """Whether messages are known to be missing that are on their way."""
         replay = self._replay
         if replay is None:
-            return False
-        return replay.why is _Why.START or replay.is_used or replay.is_retry or bool(self._held)
+            return self.is_restored
+        return self.is_restored or replay.why is _Why.START or replay.is_used or replay.is_retry or bool(self._held)
+
+    @property
+    def position(self) -> Position | None:
+        """How far it was followed; None where nothing was applied."""
+        return None if self._last is None else Position(self._last, self._digest, self._is_whole)
 
     def goes_on(self, messages: Sequence[Message], now: float) -> bool:
         """Say whether live messages only go on from the last; if so they count as applied."""
@@ -185,6 +204,7 @@ class Recovery:
         if done.why is not _Why.START and not done.is_used and not done.is_idle:
             self._begin_anew(actions, now)  # who sent the last message would have it still
             return actions
+        self.is_restored = False
         last, held = self._last, self._held
         if held and not done.delivered and not done.is_idle and (last is None or held[0].seq > last + 1):
             return self.failed(replay, now)  # to ask again at once would be to ask for ever
@@ -207,6 +227,7 @@ class Recovery:
             self._ask(_Why.CHECK, actions, now).is_retry = True  # go on where it stopped
             return actions
         self._replay = None
+        self.is_restored = False
         self._ask_at = now + self._cool_down
         self._cool_down = min(2 * self._cool_down, MOST_COOL_DOWN_S)
         self._is_whole = self._is_whole and done.why is _Why.CHECK and not done.is_retry
@@ -352,6 +373,7 @@ class Recovery:
 
     def _forget(self, actions: list[Action], *, is_restart: bool) -> None:
         self._last, self._is_whole, self._is_unsure = None, True, False
+        self.is_restored = False
         self._heal_at = 0.0
         self._said.clear()
         self._has_begun = True

@@ -253,15 +253,17 @@ def serve(
     config: Annotated[Path | None, typer.Option(envvar="KVINDEX_CONFIG", help="A TOML or YAML file.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (http.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (http.port).")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port for gRPC (grpc.port); none: no gRPC.")] = None,
     index: Annotated[str | None, typer.Option(help="Where the index is (index.url).")] = None,
     role: Annotated[str | None, typer.Option(help="all, builder or scorer of a shared index (index.role).")] = None,
 ) -> None:
-    """Follow pods and answer questions over HTTP."""
+    """Follow pods and answer questions over HTTP and gRPC."""
     from kvindex.serve import run_serve
 
     environ = dict(os.environ)
     environ |= {"KVINDEX_HTTP_HOST": host} if host is not None else {}
     environ |= {"KVINDEX_HTTP_PORT": str(port)} if port is not None else {}
+    environ |= {"KVINDEX_GRPC_PORT": str(grpc_port)} if grpc_port is not None else {}
     environ |= {"KVINDEX_INDEX_URL": index} if index is not None else {}
     environ |= {"KVINDEX_INDEX_ROLE": role} if role is not None else {}
     loaded = configuration.load(config, environ)

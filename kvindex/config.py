@@ -19,7 +19,7 @@ from kvindex.errors import ConfigError
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
 _LISTS = {"pods", "bind"}
-_JSON = {"tier_weights", "dns", "kubernetes", "sglang"}
+_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers"}
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +71,18 @@ class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     sglang: list[discovery.SglangFollow] = []
 
 
+class SnapshotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an index in this process goes on from after a restart, see `docs/snapshots.md`."""
+
+    path: str = ""
+    """A file that is written every `interval_s` seconds and at the end, and read at the start."""
+    interval_s: Annotated[float, Meta(ge=1)] = 60.0
+    peers: list[str] = []
+    """Services that follow the same pods, as ``http://kvindex:8080``: asked at the start, before the file is read."""
+    max_bytes: Annotated[int, Meta(ge=1_048_576)] = 16 * 1024**3
+    """How long a peer's snapshot may be."""
+
+
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How matches become scores."""
 
@@ -91,6 +103,16 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
 
 
+class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The gRPC service, see `docs/grpc.md`. It needs the packages of the extra ``grpc``."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] | None = None
+    """Where to listen; none: there is no gRPC. llm-d's own indexer has 50051."""
+    max_tokens: Annotated[int, Meta(ge=1, le=100_000_000)] = 1_000_000
+    max_message_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 16 * 1024 * 1024
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log output, on stderr."""
 
@@ -106,8 +128,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pods: list[discovery.PodEntry] = []
     bind: list[BindConfig] = []
     discovery: DiscoveryConfig = DiscoveryConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     scorer: ScorerConfig = ScorerConfig()
     http: HttpConfig = HttpConfig()
+    grpc: GrpcConfig = GrpcConfig()
     log: LogConfig = LogConfig()
 
 

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvevents import discovery
+from kvindex.meanings import meaning_of
 from kvindex.pods import name_of
 from scorer import ERROR_BOUNDS, Observation, PrefixScorer, ScorerError
 
@@ -136,4 +137,4 @@ class FeedbackMetrics(Collector):
         for name, value in stats.items():
             plain = name.removesuffix("_total")
             family = CounterMetricFamily if plain != name else GaugeMetricFamily
-            yield family(f"kvindex_scorer_{plain}", f"{plain} of the scorer", value=value)
+            yield family(f"kvindex_scorer_{plain}", meaning_of("scorer", plain), value=value)

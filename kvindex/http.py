@@ -1,7 +1,6 @@
 """The HTTP service."""
 
 import asyncio
-import time
 from typing import Any
 
 import msgspec
@@ -10,6 +9,7 @@ from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
+from litestar.response import Stream
 from litestar.status_codes import (
     HTTP_200_OK,
     HTTP_201_CREATED,
@@ -18,16 +18,22 @@ from litestar.status_codes import (
     HTTP_404_NOT_FOUND,
     HTTP_409_CONFLICT,
     HTTP_500_INTERNAL_SERVER_ERROR,
+    HTTP_503_SERVICE_UNAVAILABLE,
 )
 
-from indexer import Index, IndexUnavailable
+from indexer import Index, IndexUnavailable, InvalidQuestion
 from kvevents import EventPool, PodTaken, SubscriptionError, discovery
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from kvindex.pods import forget_pod
+from kvindex.readiness import Readiness
+from kvindex.snapshots import Busy, Snapshots
 from kvindex.stats import Stats
 from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
+
+_SOON = {"Retry-After": "1"}
 
 
 class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -91,15 +97,20 @@ def create_app(
     max_tokens: int,
     max_body_bytes: int,
     checks: Checks | None = None,
+    snapshots: Snapshots | None = None,
+    answers: AnswerMetrics | None = None,
 ) -> Litestar:
-    """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/healthz`, `/readyz`,
-    `/metrics`, and OpenAPI at `/schema`.
+    """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/v1/snapshot`,
+    `/healthz`, `/readyz`, `/metrics`, and OpenAPI at `/schema`.
 
     Without a `follower` all pods are those of requests and of endpoints that the pool has bound.
     """
     followed = follower or discovery.Follower(discovery.Subscriptions(pool))
     checks = checks or Checks(index, pool, followed)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer))
+    answers = answers or AnswerMetrics()
+    snapshots = snapshots or Snapshots(pool)
+    readiness = Readiness(index, pool, followed)
+    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots, answers)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
@@ -111,22 +122,23 @@ def create_app(
                 detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
             )
         checks.asked.note(data.model, data.pods)
-        start = time.perf_counter()
         try:
-            matches = await scorer.amatch(
-                data.token_ids,
-                model=data.model,
-                pods=None if data.pods is None else followed.resolve(data.pods),
-                lora_name=data.lora_name,
-                cache_salt=data.cache_salt,
-                mm_items=data.mm_items,
-            )
+            with answers.question("http") as question:
+                matches = await question.run(
+                    scorer.match,
+                    data.token_ids,
+                    model=data.model,
+                    pods=None if data.pods is None else followed.resolve(data.pods),
+                    lora_name=data.lora_name,
+                    cache_salt=data.cache_salt,
+                    mm_items=data.mm_items,
+                )
+                size = await asyncio.to_thread(scorer.block_size, data.model)
+                question.found(matches, tokens=len(data.token_ids), block_size=size)
         except ScorerError as error:
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
-        metrics.answered(time.perf_counter() - start)
         scores = scores_of(matches)
         best = next(iter(scores), None)
-        size = await asyncio.to_thread(scorer.block_size, data.model)
         return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
 
     @get("/v1/pods")
@@ -188,14 +200,25 @@ def create_app(
 
     @get("/readyz")
     async def readyz() -> Response[dict[str, Any]]:
-        """Say whether the index answers, all sources of pods did and every subscribed pod is connected."""
-        await asyncio.to_thread(index.sources)
-        if waiting := await asyncio.to_thread(followed.waiting):
-            return Response({"status": "not ready", "not_answered": waiting}, status_code=503)
-        missing = sorted(pod for pod, connected in pool.connected().items() if not connected)
+        """Say whether the index answers, and all that was to be waited for at the start has come."""
+        missing = await asyncio.to_thread(readiness.missing)
         if missing:
-            return Response({"status": "not ready", "not_connected": missing}, status_code=503)
+            return Response({"status": "not ready", **missing}, status_code=HTTP_503_SERVICE_UNAVAILABLE)
         return Response({"status": "ready"})
+
+    @get("/v1/snapshot", media_type="application/octet-stream")
+    async def snapshot() -> Response[Any]:
+        """Give all that the index knows, for another one that follows the same pods."""
+        if missing := await asyncio.to_thread(readiness.missing):
+            raise HTTPException(
+                status_code=HTTP_503_SERVICE_UNAVAILABLE, detail=f"the index waits itself: {missing}", headers=_SOON
+            )
+        try:
+            return Stream(snapshots.stream(), media_type="application/octet-stream")
+        except Busy as busy:
+            raise HTTPException(status_code=HTTP_503_SERVICE_UNAVAILABLE, detail=str(busy), headers=_SOON) from busy
+        except InvalidQuestion as error:
+            raise HTTPException(status_code=HTTP_409_CONFLICT, detail=str(error)) from error
 
     @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
     async def metrics_text() -> bytes:
@@ -203,7 +226,7 @@ def create_app(
         return await asyncio.to_thread(metrics.text)
 
     return Litestar(
-        [score, *feedback, pods, stats, register, forget, healthz, readyz, metrics_text],
+        [score, *feedback, pods, stats, register, forget, snapshot, healthz, readyz, metrics_text],
         openapi_config=OpenAPIConfig(title="kvindex", version="1"),
         exception_handlers={
             HTTPException: _problem,
@@ -217,7 +240,9 @@ def create_app(
 def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
     details = [_readable(part) for part in error.extra or [] if isinstance(part, dict)]
     problem = Problem(type(error).__name__, error.status_code, "; ".join(details) or error.detail)
-    return Response(problem, status_code=error.status_code, media_type="application/problem+json")
+    return Response(
+        problem, status_code=error.status_code, headers=error.headers, media_type="application/problem+json"
+    )
 
 
 def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:
@@ -227,8 +252,7 @@ def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem
 
 def _unavailable(_: Request[Any, Any, Any], error: IndexUnavailable) -> Response[Problem]:
     problem = Problem("Index unavailable", 503, str(error))
-    headers = {"Retry-After": "1"}
-    return Response(problem, status_code=problem.status, headers=headers, media_type="application/problem+json")
+    return Response(problem, status_code=problem.status, headers=_SOON, media_type="application/problem+json")
 
 
 def _failure(_: Request[Any, Any, Any], __: Exception) -> Response[Problem]:

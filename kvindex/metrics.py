@@ -1,37 +1,39 @@
 """Prometheus metrics, read from the counters that index and pool keep anyway.
 
-Names are llm-d's where they mean the same, ours begin with ``kvindex_``. Labels name pods, never prompts.
+Names are llm-d's where they mean the same, ours begin with ``kvindex_``. Labels name pods, never prompts. What each one
+means, and what to do about it, is in `docs/operations.md`.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from indexer import Index, IndexUnavailable, SourceStatus
+from indexer import Index, IndexUnavailable, SourceStatus, implementation
 from kvevents import EventPool, discovery
+from kvindex.meanings import meaning_of
 
-_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+_OURS_AS_LLMD = {
+    "stored_total": ("kvcache_index_admissions", "Blocks that engines announced as stored"),
+    "removed_total": ("kvcache_index_evictions", "Blocks that engines announced as removed"),
+}
 
 
 class Metrics:
     """All metrics of one service."""
 
     def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower, *more: Collector) -> None:
+        # for the whole process: else each counter has one more series, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the package says no types of it
         self._registry = CollectorRegistry()
-        for collector in (_Stats(index, pool, followed), *more):
+        for collector in (_Stats(index, pool, followed), _Pods(index, pool), *more):
             self._registry.register(collector)
-        self._lookups = Counter("kvcache_index_lookup_requests_total", "Questions answered", registry=self._registry)
-        self._latency = Histogram(
-            "kvcache_index_lookup_latency_seconds", "Time to answer one", buckets=_BUCKETS, registry=self._registry
-        )
-
-    def answered(self, seconds: float) -> None:
-        """Count one answered question."""
-        self._lookups.inc()
-        self._latency.observe(seconds)
+        ProcessCollector(registry=self._registry)
+        build = Info("kvindex_build", "What runs here", registry=self._registry)
+        build.info({"version": version("kv-cache-indexer"), "implementation": implementation})
 
     def text(self) -> bytes:
         """Give all metrics in the text format."""
@@ -39,6 +41,8 @@ class Metrics:
 
 
 class _Stats(Collector):
+    """What each part counts of itself."""
+
     def __init__(self, index: Index, pool: EventPool, followed: discovery.Follower) -> None:
         self._index = index
         self._pool = pool
@@ -51,11 +55,34 @@ class _Stats(Collector):
                 plain = name.removesuffix("_total")
                 if name.startswith("dropped_"):
                     dropped.add_metric([plain.removeprefix("dropped_")], value)
-                elif name.endswith("_total"):
-                    yield CounterMetricFamily(f"kvindex_{part}_{plain}", f"{plain} of the {part}", value=value)
                 else:
-                    yield GaugeMetricFamily(f"kvindex_{part}_{plain}", f"{plain} of the {part}", value=value)
+                    family = GaugeMetricFamily if plain == name else CounterMetricFamily
+                    yield family(f"kvindex_{part}_{plain}", meaning_of(part, plain), value=value)
+                if part == "index" and name in _OURS_AS_LLMD:
+                    theirs, meaning = _OURS_AS_LLMD[name]
+                    yield CounterMetricFamily(theirs, meaning, value=value)
         yield dropped
+
+    def _parts(self) -> list[tuple[str, dict[str, int]]]:
+        return [
+            ("index", self._index.stats()),
+            ("pool", self._pool.stats()),
+            ("discovery", self._followed.stats()),
+        ]
+
+
+class _Pods(Collector):
+    """What is known of each rank of each pod."""
+
+    def __init__(self, index: Index, pool: EventPool) -> None:
+        self._index = index
+        self._pool = pool
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._held()
+        yield from self._heard()
+
+    def _held(self) -> Iterator[Metric]:
         blocks = GaugeMetricFamily("kvindex_pod_blocks", "Blocks held", labels=["pod", "rank", "tier"])
         degraded = GaugeMetricFamily(
             "kvindex_pod_degraded", "1 where answers may be wrong", labels=["pod", "rank", "reason"]
@@ -72,9 +99,26 @@ class _Stats(Collector):
         yield blocks
         yield degraded
 
-    def _parts(self) -> list[tuple[str, dict[str, int]]]:
-        return [
-            ("index", self._index.stats()),
-            ("pool", self._pool.stats()),
-            ("discovery", self._followed.stats()),
-        ]
+    def _heard(self) -> Iterator[Metric]:
+        labels = ["pod", "rank"]
+        messages = CounterMetricFamily("kvindex_pod_messages", "Messages applied", labels=labels)
+        gaps = CounterMetricFamily("kvindex_pod_gaps", "How often messages were missing for good", labels=labels)
+        at = GaugeMetricFamily(
+            "kvindex_pod_last_message_timestamp_seconds", "When the last message was applied", labels=labels
+        )
+        lag = GaugeMetricFamily(
+            "kvindex_pod_lag_seconds", "From the engine's time of the last message until it was applied", labels=labels
+        )
+        for source, last in sorted(self._pool.heard().items()):
+            names = [source.pod, str(source.rank)]
+            messages.add_metric(names, last.messages)
+            gaps.add_metric(names, last.gaps)
+            if last.at:
+                at.add_metric(names, last.at)
+            if last.ts is not None:
+                lag.add_metric(names, last.at - last.ts)
+        yield from (messages, gaps, at, lag)
+        connected = GaugeMetricFamily("kvindex_pod_connected", "1 where its publishers are connected", labels=["pod"])
+        for pod, is_connected in sorted(self._pool.connected().items()):
+            connected.add_metric([pod], is_connected)
+        yield connected

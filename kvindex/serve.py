@@ -1,4 +1,4 @@
-"""`kvindex serve`: events in, scores out over HTTP."""
+"""`kvindex serve`: events in, scores out over HTTP and, where it is asked for, gRPC."""
 
 import contextlib
 import signal
@@ -10,11 +10,14 @@ import uvicorn
 
 from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
+from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.config import Config
 from kvindex.errors import UserError
 from kvindex.http import create_app
 from kvindex.pods import follow
+from kvindex.rpc import serve_grpc
+from kvindex.snapshots import Snapshots
 from scorer import PrefixScorer
 
 
@@ -26,7 +29,11 @@ def run_serve(config: Config) -> int:
         raise UserError(
             f"index.role scorer: {config.index.url} is in this process alone; name a shared one, redis://..."
         )
-    listener = _listen(config.http.host, config.http.port)
+    if not config.index.url.startswith("memory:") and (config.snapshot.path or config.snapshot.peers):
+        raise UserError(
+            f"snapshot: {config.index.url} outlives this process; leave out snapshot.path and snapshot.peers"
+        )
+    listener = _bound(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     pool = EventPool(
         index,
@@ -37,7 +44,11 @@ def run_serve(config: Config) -> int:
         pod_timeout_s=config.pool.pod_timeout_s,
         silent_timeout_s=config.pool.silent_timeout_s,
     )
+    snapshots = Snapshots(pool, config.snapshot)
     with contextlib.ExitStack() as running:
+        if follows and config.index.url.startswith("memory:"):
+            snapshots.load()
+            running.callback(snapshots.close)  # after the pool: it has applied all that came by then
         if follows:
             running.enter_context(pool)
             try:
@@ -53,10 +64,12 @@ def run_serve(config: Config) -> int:
             routed_ttl_s=config.scorer.routed_ttl_s,
             heal=pool.recount if config.scorer.observe_heal else None,
         )
+        snapshots.start()
         # a scorer follows nobody, so that nothing is to be said of how it follows
         checks = Checks(index, pool, follower if follows else None)
         running.callback(checks.close)
         checks.start()
+        answers = AnswerMetrics()
         app = create_app(
             scorer,
             index,
@@ -65,7 +78,12 @@ def run_serve(config: Config) -> int:
             max_tokens=config.http.max_tokens,
             max_body_bytes=config.http.max_body_bytes,
             checks=checks,
+            snapshots=snapshots,
+            answers=answers,
         )
+        grpc_port = serve_grpc(config.grpc, scorer, follower, checks.asked, answers, running)
+        if grpc_port is not None:
+            log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
@@ -89,9 +107,15 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
+    """Take the port, without listening yet: who asks before the index is loaded is refused and need not wait."""
     try:
-        listener = socket.create_server((host, port), backlog=2048)
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"http.port {port} on {host}: {error}; choose another with --port or KVINDEX_HTTP_PORT"

@@ -1,6 +1,6 @@
 """Which pod holds how much of a prompt, and what that is worth."""
 
-from scorer.errors import InvalidRequest, ScorerError
+from scorer.errors import InvalidRequest, NoTokenizer, ScorerError
 from scorer.observing import ERROR_BOUNDS, Heal, Observation, Outcome, Tally
 from scorer.scorer import TIER_WEIGHTS, PodMatch, PrefixScorer, scores_of
 
@@ -9,6 +9,7 @@ __all__ = [
     "TIER_WEIGHTS",
     "Heal",
     "InvalidRequest",
+    "NoTokenizer",
     "Observation",
     "Outcome",
     "PodMatch",

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from indexer import IndexerError, LimitReached, Limits, Prompt, Source, open_index
 from kvevents import Message
-from kvevents.apply import GAP, Applier
+from kvevents.apply import Applier
 from kvevents.message import Publisher
+from kvevents.trust import GAP
 
 from .conftest import NEEDS_CORE, payload
 

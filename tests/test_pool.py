@@ -9,9 +9,9 @@ import zmq
 
 from indexer import Prompt, Source
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
-from kvevents.apply import FAILED
 from kvevents.message import Note, Publisher
 from kvevents.queue import ShardQueue
+from kvevents.trust import FAILED
 from scorer import PrefixScorer
 
 from .conftest import blocks_in, payload

@@ -136,6 +136,7 @@ class World:
         self.is_answered = False
         self.reply = deque()
         self.asked = []
+        self.saved = None
 
     def do(self, actions, most=1):
         """Take actions; `most` is how often an event may ask."""
@@ -225,6 +226,24 @@ class World:
             self.consumer.applied.pop()
             self.consumer.is_exact = False
             self.recovery.spoiled(self.now)
+
+    def save(self):
+        """Keep what another process can go on from."""
+        self.saved = (
+            self.recovery.position,
+            self.consumer.stream.last,
+            list(self.consumer.applied),
+            self.consumer.is_exact,
+        )
+
+    def move(self):
+        """Go on in another process: what came since is not known there."""
+        if self.saved is not None:
+            position, last, applied, is_exact = self.saved
+            self.recovery, self.consumer = Recovery(position=position), Consumer()
+            self.consumer.stream.last, self.consumer.applied, self.consumer.is_exact = last, list(applied), is_exact
+            self.request, self.reply, self.asked = None, deque(), []
+            self.live = deque([CONNECTED])
 
     def tick(self, seconds=1.0):
         self.now += seconds
@@ -1027,6 +1046,8 @@ OPS = st.one_of(
     st.tuples(st.just("fail")),
     st.tuples(st.just("tick"), st.sampled_from([0.5, 1.0, 6.0, 16.0, 61.0])),
     st.tuples(st.just("spoil")),
+    st.tuples(st.just("save")),
+    st.tuples(st.just("move")),
 )
 
 
@@ -1092,6 +1113,70 @@ def test_it_is_behind_only_while_something_is_known_to_be_on_its_way():
     recovery.connected(0)
     recovery.live(run(2), 0)
     assert recovery.is_behind
+
+
+def moved(world):
+    """The same world in another process."""
+    world.save()
+    world.publish(2)
+    world.hear()
+    world.move()
+    return world
+
+
+def test_who_goes_on_from_a_position_asks_for_what_was_said_since():
+    world = moved(following(3))
+    assert world.recovery.is_behind
+    assert world.recovery.is_restored
+    world.hear()
+    assert [ask.start for ask in world.asked] == [2]
+    world.serve()
+    assert not world.recovery.is_restored
+    assert not world.recovery.is_behind
+    world.check_exact()
+    assert [message.seq for message in world.consumer.applied] == [0, 1, 2, 3, 4]
+
+
+def test_who_goes_on_from_a_position_hears_that_the_engine_is_another():
+    world = moved(following(3))
+    world.engine.restart()
+    world.publish(6, lost=True)
+    world.hear()
+    world.serve()
+    world.check_exact()
+    assert len(world.consumer.applied) == 6
+    assert not world.recovery.is_restored
+
+
+@pytest.mark.parametrize("how", ["fail", "tick"])
+def test_a_position_that_cannot_be_asked_about_is_in_doubt(how):
+    world = moved(following(3, replays=True))
+    world.replays = False
+    world.hear()
+    assert world.recovery.is_behind
+    world.fail() if how == "fail" else world.tick(16.0)
+    assert not world.recovery.is_restored
+    assert not world.consumer.is_exact
+    world.replays = True
+    world.settle()
+    world.check_exact()
+
+
+def test_live_messages_that_go_on_from_a_position_prove_nothing():
+    world = moved(following(3))
+    world.engine.restart()
+    world.publish(5, lost=True)
+    world.publish()  # its number would be the one that is due
+    world.live.appendleft(CONNECTED)
+    world.hear()
+    world.serve()
+    world.check_exact()
+
+
+def test_who_goes_on_from_a_position_asks_before_it_believes_what_comes():
+    known = following(3).recovery.position
+    assert told(Recovery(position=known).live(run(3), 0)) == ["doubt", "ask 2"]
+    assert not Recovery(position=known).goes_on(run(3), 0)
 
 
 def test_it_is_behind_when_a_replay_stopped_in_the_middle():

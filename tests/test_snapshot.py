@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from indexer import IndexerError, InvalidQuestion, Limits, Source, open_index
 from indexer.errors import SnapshotError
 from indexer.sections import Reader, read_head
-from indexer.snapshot import Part, SnapshotIndex, read_snapshot, write_snapshot
+from indexer.snapshots import Part, SnapshotIndex, read_snapshot, write_snapshot
 from kvevents import decode_batches
 
 from .conftest import GOLDEN, HAS_CORE, IMPLEMENTATIONS, hashing_of, read_capture, removed, stored

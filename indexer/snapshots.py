@@ -21,6 +21,8 @@ from xxhash import xxh3_64_intdigest
 from indexer.base import Source
 from indexer.errors import SnapshotError
 
+__all__ = ["Part", "SnapshotError", "SnapshotIndex", "frames", "read_snapshot", "save_snapshot", "write_snapshot"]
+
 VERSION = 1
 
 _MAGIC = b"KVINDEX-SNAPSHOT"

@@ -1,0 +1,166 @@
+"""What the gRPC services answer: from messages to questions, and from answers to messages."""
+
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+from kvevents import discovery
+from kvindex.answers import AnswerMetrics
+from kvindex.rpc.schema import MessageType, Schema, parse
+from kvindex.stats import Asked
+from scorer import InvalidRequest, NoTokenizer, PodMatch, PrefixScorer, scores_of
+
+Call: TypeAlias = Callable[[bytes], Awaitable[bytes]]
+
+MOST_PODS = 16_384
+MOST_ITEMS = 1_024
+_EXACT, _DEGRADED = 1, 2
+
+
+class TextScorer(Protocol):
+    """What answers for prompts that are text."""
+
+    async def ascore_prompt(
+        self, text: str, /, *, model: str, pods: Collection[str] | None = None
+    ) -> Mapping[str, float]:
+        """Give the score of each pod that holds at least the first block, highest first.
+
+        Raises `NoTokenizer` where nothing turns text for this model into tokens.
+        """
+
+
+class Calls:
+    """Answers the methods by name, bytes to bytes.
+
+    They raise `InvalidRequest` with the field's name in front, `IndexUnavailable`, and whatever else the scorer raises.
+    Without `texts` there are no tokenizers.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        scorer: PrefixScorer,
+        followed: discovery.Follower,
+        asked: Asked,
+        metrics: AnswerMetrics,
+        *,
+        max_tokens: int,
+        texts: TextScorer | None = None,
+    ) -> None:
+        self._scorer = scorer
+        self._texts = texts
+        self._followed = followed
+        self._asked = asked
+        self._metrics = metrics
+        self._max_tokens = max_tokens
+        self._scores, self._score = schema.methods["GetPodScores"], schema.methods["Score"]
+        self.by_name: Mapping[str, Call] = {"GetPodScores": self.get_pod_scores, "Score": self.score}
+
+    async def get_pod_scores(self, payload: bytes) -> bytes:
+        """Answer llm-d's question. Pods are called in the answer what the question called them."""
+        with self._metrics.question("grpc"):
+            request = parse(self._scores.request, payload)
+            model = request.model_name
+            _require_name(model, "model_name")
+            asked = list(request.pod_identifiers)
+            _check(len(asked), MOST_PODS, "pod_identifiers", "names")
+            self._asked.note(model, asked)
+            if self._texts is None:
+                raise NoTokenizer(f"model {model[:200]!r}: this service has no tokenizers; ask it with token ids")
+            names = self._names_of(asked)
+            scores = await self._texts.ascore_prompt(request.prompt, model=model, pods=names if asked else None)
+            answer = self._scores.response()
+            for pod, worth in _as_asked(scores, names).items():
+                answer.scores.add(pod=pod, score=worth)
+            return _bytes(answer)
+
+    async def score(self, payload: bytes) -> bytes:
+        """Answer with all there is to know."""
+        with self._metrics.question("grpc"):
+            return await self._metrics.run(self._answer, payload)
+
+    def _answer(self, payload: bytes) -> bytes:
+        request = parse(self._score.request, payload)
+        _require_name(request.model, "model")
+        tokens, length = _tokens_of(request)
+        pods = list(request.pods)
+        _check(length, self._max_tokens, "token_ids", "tokens")
+        _check(len(pods), MOST_PODS, "pods", "names")
+        _check(len(request.mm_items), MOST_ITEMS, "mm_items", "items")
+        self._asked.note(request.model, pods)
+        matches = self._scorer.match(
+            tokens,
+            model=request.model,
+            pods=self._followed.resolve(pods) if pods else None,
+            lora_name=request.lora_name or None,
+            cache_salt=request.cache_salt or None,
+            mm_items=[(item.identifier, item.first_token, item.length) for item in request.mm_items],
+        )
+        scores, size = scores_of(matches), self._scorer.block_size(request.model)
+        self._metrics.found(matches, tokens=length, block_size=size)
+        answer = self._score.response(
+            scores=scores, block_size=size, prompt_tokens=length, best=next(iter(scores), None)
+        )
+        for match in matches:
+            _add(answer.matches, match)
+        return _bytes(answer)
+
+    def _names_of(self, asked: Iterable[str]) -> dict[str, list[str]]:
+        """Give the names that pods are followed under, with those they were asked for by."""
+        names: dict[str, list[str]] = {}
+        for text in asked:
+            for name in self._followed.resolve([text]):
+                names.setdefault(name, []).append(text)
+        return names
+
+
+def _as_asked(scores: Mapping[str, float], names: Mapping[str, list[str]]) -> dict[str, float]:
+    """Call the pods what the question called them: a client looks for them under that name."""
+    said: dict[str, float] = {}
+    for pod, score in scores.items():
+        for name in names.get(pod, [pod]):
+            said.setdefault(name, score)  # where several pods share an address, the best of them comes first
+    return said
+
+
+def _tokens_of(request: MessageType) -> tuple[list[int] | bytes, int]:
+    packed: bytes = request.token_buffer
+    if packed and request.token_ids:
+        raise InvalidRequest("token_buffer: expected it or token_ids, got both")
+    if packed:
+        if len(packed) % 4:
+            raise InvalidRequest(f"token_buffer: expected four bytes a token, got {len(packed)} bytes")
+        return packed, len(packed) // 4
+    if not request.token_ids:
+        raise InvalidRequest("token_ids: expected the prompt's, got none")
+    return list(request.token_ids), len(request.token_ids)
+
+
+def _add(matches: MessageType, match: PodMatch) -> None:
+    said = matches.add(
+        pod=match.pod,
+        rank=match.rank,
+        blocks=match.blocks,
+        tokens=match.tokens,
+        reusable_tokens=match.reusable_tokens,
+        score=match.score,
+        trust=_EXACT if match.trust == "exact" else _DEGRADED,
+        reason=match.reason,
+        speculative_blocks=match.speculative_blocks,
+        speculative_tokens=match.speculative_tokens,
+    )
+    said.tiers.update(match.tiers)
+
+
+def _require_name(value: str, field: str) -> None:
+    if not value:
+        raise InvalidRequest(f"{field}: expected the model's name, got ''")
+
+
+def _check(count: int, most: int, field: str, what: str) -> None:
+    if count > most:
+        raise InvalidRequest(f"{field}: {count} {what}, at most {most} are answered")
+
+
+def _bytes(message: Any) -> bytes:  # noqa: ANN401
+    data: bytes = message.SerializeToString()
+    return data

@@ -1,0 +1,127 @@
+"""The gRPC server: a thread with an event loop of its own beside the HTTP service."""
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from indexer import IndexUnavailable
+from kvindex.errors import UserError
+from kvindex.rpc.calls import Call, Calls
+from kvindex.rpc.schema import Schema
+from scorer import NoTokenizer, ScorerError
+
+_MOST_CALLS = 1_024
+"""Calls under way at once; one more is RESOURCE_EXHAUSTED."""
+_GRACE_S = 5.0
+_MESSAGE_CHARACTERS = 500
+"""What is said of an error travels in a header, and clients refuse more than 8 KiB of those."""
+
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
+    # clients may ask whether we are there, at most each 10 s; those that are gone are seen within two minutes
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 90_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+def open_schema() -> Schema:
+    """Give the messages of all services that `RpcServer` has."""
+    return Schema(health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb)
+
+
+class RpcServer:
+    """Serves questions from `start` to `close`. The services are SERVING from the first moment on.
+
+    An event loop and not a pool of threads, so that a client that begins a call and never ends it holds nothing.
+    """
+
+    def __init__(self, calls: Calls, schema: Schema, *, host: str, port: int, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._schema = schema
+        self._host = host
+        self._port = port
+        self._max_message_bytes = max_message_bytes
+        self._started: Future[int] = Future()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: asyncio.Event | None = None
+        self._thread = threading.Thread(target=self._run, name="kvindex-grpc", daemon=True)
+
+    def start(self) -> int:
+        """Begin to listen; give the port. Raises `UserError` when it cannot be had."""
+        self._thread.start()
+        return self._started.result()
+
+    def close(self) -> None:
+        """Take no more calls, and end when those under way are answered or 5 s are over. May be called twice."""
+        if self._loop is not None and self._closing is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:  # noqa: BLE001  (whoever waits for the start hears of it)
+            if not self._started.done():
+                self._started.set_exception(error)
+            else:
+                structlog.get_logger("kvindex").error("grpc_error", error=repr(error))
+
+    async def _serve(self) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        limits = [
+            ("grpc.max_receive_message_length", self._max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+        ]
+        server = grpc.aio.server(options=[*_OPTIONS, *limits], maximum_concurrent_rpcs=_MOST_CALLS)
+        names = sorted({method.service for method in self._schema.methods.values()})
+        for name in names:
+            handlers = {
+                method.name: grpc.unary_unary_rpc_method_handler(_handler(self._calls.by_name[method.name]))
+                for method in self._schema.methods.values()
+                if method.service == name
+            }
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+        healthy = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(shown, server, pool=self._schema.pool)
+        for name in ("", *names):
+            await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+        address = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise UserError(f"grpc.port {self._port} on {self._host}: {error}; choose another") from error
+        await server.start()
+        self._started.set_result(port)
+        await self._closing.wait()
+        with suppress(TimeoutError):  # it waits for watchers, of which one may not read
+            await asyncio.wait_for(healthy.enter_graceful_shutdown(), 1.0)
+        await server.stop(_GRACE_S)
+
+
+def _handler(call: Call) -> Any:  # noqa: ANN401
+    async def handle(payload: bytes, context: Any) -> Any:  # noqa: ANN401
+        try:
+            return await call(payload)
+        except NoTokenizer as error:
+            code, said = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+        except ScorerError as error:
+            code, said = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        except IndexUnavailable as error:
+            code, said = grpc.StatusCode.UNAVAILABLE, str(error)
+        except Exception as error:  # noqa: BLE001  (whatever goes wrong with one call, the others are answered)
+            structlog.get_logger("kvindex").error("grpc_call_failed", error=repr(error))
+            code, said = grpc.StatusCode.INTERNAL, "the service failed; its log says why"
+        return await context.abort(code, said[:_MESSAGE_CHARACTERS])
+
+    return handle
