@@ -2,12 +2,13 @@
 
 The dialogues are real ones where the folder has them (`prompts/*.jsonl` with `messages`, and tokenizers in
 `tokenizers/*/tokenizer.json`, also gzipped), rendered plainly with ChatML's markers, else made up. A turn is the
-dialogue
-up to a message that is not the assistant's: each extends the one before. Every list of ids is compared with the
-tokenizer's own before anything is timed. Then the two take turns, round by round, each round with an empty store; the
-tokenizer alone is asked both with `encode` and with `encode_batch_fast`, which notes no offsets and is what the store
-uses
-itself. Medians, lowest and highest.
+dialogue up to a message that is not the assistant's: each extends the one before. Every list of ids is compared with
+the tokenizer's own before anything is timed. Then the two take turns, round by round, each round with an empty store;
+the tokenizer alone is asked both with `encode` and with `encode_batch_fast`, which notes no offsets and is what the
+store uses itself. Medians, lowest and highest.
+
+Then the same dialogues as messages through `PrefixScorer.score_chat` (`benchmarks/chats.py`), with the model's own
+template: from messages to the scores of 64 pods. The scores of both ways are compared first.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from chats import long_turns, measure_chats
+from chats import turns as chats_of
 from report import machine, version_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -30,6 +34,10 @@ from scorer.prefix_store import PrefixStore
 
 FILES = ["tau_bench_airline_gpt4o", "tau2_retail_agent_sessions", "swe_agent_trajectories"]
 TOKENIZERS = {"Qwen3": "qwen3", "GPT-2": "gpt2", "WordPiece": "llmd_test_model"}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 LONG = 30_000
 """Tokens of the long dialogue."""
 
@@ -50,49 +58,55 @@ def turns(messages: Iterable[dict[str, Any]], opening: str = "") -> list[str]:
     return found
 
 
-def made_up(count: int) -> list[list[str]]:
+def made_up(count: int) -> list[list[dict[str, Any]]]:
     draw = random.Random(7)
-    words = [
-        "flight",
-        "the",
-        "order",
-        "cancel",
-        "user_id",
-        "12:30",
-        "I'd",
-        "like",
-        "to",
-        "return",
-        "café",
-        '{"id":',
-        "42}",
-    ]
+    words = ["flight", "the", "order", "cancel", "12:30", "I'd", "like", "to", "return", "café", '{"id": 42}']
     roles = ("user", "assistant")
     system = {"role": "system", "content": " ".join(draw.choices(words, k=1500))}
     return [
-        turns([system, *({"role": roles[n % 2], "content": " ".join(draw.choices(words, k=80))} for n in range(20))])
+        [system, *({"role": roles[n % 2], "content": " ".join(draw.choices(words, k=80))} for n in range(20))]
         for _ in range(count)
     ]
 
 
-def real(folder: Path) -> dict[str, list[list[str]]]:
-    found = {}
-    for name in FILES:
-        path = folder / "prompts" / f"{name}.jsonl"
-        if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            # tools stand before the messages, as chat templates have them
-            found[name] = [turns(row["messages"], json.dumps(row["tools"]) if row.get("tools") else "") for row in rows]
-    return found
+def real(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The dialogues of each file, as objects with messages and sometimes tools."""
+    paths = {name: folder / "prompts" / f"{name}.jsonl" for name in FILES}
+    return {
+        name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
+def opening(row: dict[str, Any]) -> str:
+    # tools stand before the messages, as chat templates have them
+    return json.dumps(row["tools"]) if row.get("tools") else ""
 
 
 def load(folder: Path) -> dict[str, Tokenizer]:
     found = {}
     for name, directory in TOKENIZERS.items():
         for path in sorted((folder / "tokenizers" / directory).glob("tokenizer.json*")):
-            data = path.read_bytes()
-            found[name] = Tokenizer.from_str((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
+            found[name] = Tokenizer.from_str(unpacked(path).decode())
     return found
+
+
+def unpacked(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def model_folder(made: Path, data: Path, tokenizer: Tokenizer) -> Path:
+    """Write the folder of the model whose chat template is used: Qwen3's, or one with ChatML's."""
+    (made / "m").mkdir()
+    source = data / "tokenizers" / TOKENIZERS["Qwen3"]
+    if source.is_dir():
+        for path in source.iterdir():
+            (made / "m" / path.name.removesuffix(".gz")).write_bytes(unpacked(path))
+    else:
+        tokenizer.save(str(made / "m" / "tokenizer.json"))
+        (made / "m" / "chat_template.jinja").write_text(CHATML)
+    return made
 
 
 def trained(texts: list[str]) -> Tokenizer:
@@ -178,16 +192,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("KVINDEX_SHARED", "../shared")) / "data")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chats", action="store_true", help="only through score_chat")
     options = parser.parse_args()
-    work = real(options.data) or {"made up": made_up(10)}
+    rows = real(options.data) or {"made up": [{"messages": messages} for messages in made_up(10)]}
+    work = {name: [turns(row["messages"], opening(row)) for row in each] for name, each in rows.items()}
     texts = [dialogue[-1] for dialogues in work.values() for dialogue in dialogues]
     tokenizers = load(options.data) or {"trained here": trained(texts)}
     print(machine(), f"tokenizers {version_of('tokenizers')}")
-    for label, tokenizer in tokenizers.items():
+    for label, tokenizer in tokenizers.items() if not options.chats else ():
         for name, dialogues in work.items():
             measure(f"{label}, {name}", [each for each in dialogues if len(each) > 1], tokenizer, options.rounds)
         every = [dialogue for dialogues in work.values() for dialogue in dialogues]
         measure(f"{label}, at {LONG:,} tokens", long_dialogue(every, tokenizer), tokenizer, options.rounds)
+    label, tokenizer = next(iter(tokenizers.items()))
+    with tempfile.TemporaryDirectory() as made:
+        folder = model_folder(Path(made), options.data, tokenizer)
+        for name, each in rows.items():
+            chats = [chats_of(row["messages"], row.get("tools")) for row in each]
+            measure_chats(f"{label}, {name}", [chat for chat in chats if len(chat) > 1], folder, options.rounds)
+        messages = [row["messages"] for each in rows.values() for row in each]
+        measure_chats(f"{label}, at {LONG:,} tokens", [long_turns(messages, folder, LONG)], folder, options.rounds)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Simulated pods serve conversations at a steady rate, each pod saying what it doe
 follows them and is asked all the time about prompts of lately. What it says of a pod is right when it is what the pod's
 engine held just before or just after; what is wrong is asked once more 50 ms later, as events need a moment. Each
 engine can say its last batches again, far fewer than it takes to know its cache. After some seconds the service
-is killed with SIGKILL and started again at once: with the file that it wrote every few seconds, with a peer that follows
-the same pods, and with neither. No pod announces anything again.
+is killed with SIGKILL and started again at once: with the file that it wrote every few seconds, with a peer that
+follows the same pods, and with neither. No pod announces anything again.
 
 The table has the time from the kill until the service answered, until it was ready, and until no answer was wrong any
 more for two seconds; and the share of right answers (each about one pod) in its first and last five seconds.

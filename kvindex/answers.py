@@ -11,13 +11,14 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from indexer import IndexUnavailable
-from scorer import PodMatch, ScorerError
+from scorer import PodMatch, ScorerError, Timings, Unavailable
 
 Carrier: TypeAlias = Literal["http", "grpc"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+_TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 
 
 class AnswerMetrics(Collector):
@@ -44,8 +45,16 @@ class AnswerMetrics(Collector):
         stages = Histogram(
             "kvindex_answer_stage_seconds", "Parts of an answer's time", ["stage"], buckets=_BUCKETS, registry=None
         )
+        self._render, self._tokenize = (
+            Histogram(f"kvcache_tokenization_{name}_latency_seconds", what, buckets=_TEXT_BUCKETS, registry=None)
+            for name, what in (
+                ("render_chat_template", "Time to render the messages of one question"),
+                ("tokenization", "Time to tokenize the text of one question"),
+            )
+        )
         self._wait, self._match = stages.labels("wait"), stages.labels("match")
-        self._all = (self._lookups, self._latency, *self._hits, self._blocks, self._tokens, outcomes, stages)
+        answered = (self._lookups, self._latency, *self._hits, self._blocks, self._tokens, outcomes, stages)
+        self._all = (*answered, self._render, self._tokenize)
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
@@ -58,7 +67,7 @@ class AnswerMetrics(Collector):
         begun = time.perf_counter()
         try:
             yield self
-        except IndexUnavailable:
+        except (IndexUnavailable, Unavailable):
             self._outcomes[by, "unavailable"].inc()
             raise
         except ScorerError:
@@ -84,6 +93,12 @@ class AnswerMetrics(Collector):
                 self._match.observe(time.perf_counter() - begun)
 
         return await asyncio.to_thread(timed)
+
+    def tokenized(self, timings: Timings) -> None:
+        """Count the stages of a question that was text, as far as it went through them."""
+        for histogram, seconds in ((self._render, timings.render), (self._tokenize, timings.tokenize)):
+            if seconds:
+                histogram.observe(seconds)
 
     def found(self, matches: Sequence[PodMatch], *, tokens: int, block_size: int) -> None:
         """Count what was asked for and what was found of it."""

@@ -4,7 +4,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -231,21 +231,36 @@ def doctor(
 @app.command(epilog="Example: kvindex score --model demo/model 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16")
 def score(
     tokens: Annotated[list[int], typer.Argument(help="The token ids of the prompt; none: read JSON from stdin.")] = [],  # noqa: B006
-    model: Annotated[str, typer.Option(help="The model.")] = "demo/model",
+    model: Annotated[str | None, typer.Option(help="The model.  [default: demo/model]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text, in the place of token ids.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="A JSON file with chat messages, or the body of a chat request.")
+    ] = None,
     url: Annotated[str, typer.Option(help="Where kvindex serve listens.")] = "http://127.0.0.1:8080",
     lora_name: Annotated[str | None, typer.Option(help="The adapter.")] = None,
     cache_salt: Annotated[str | None, typer.Option(help="The salt.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as it is.")] = False,  # noqa: FBT002
 ) -> None:
     """Ask a running service which pods hold a prompt."""
-    from kvindex.score import run_score
+    from kvindex.score import read_messages, run_score
 
-    if not tokens:
+    if bool(tokens) + (prompt is not None) + (messages is not None) > 1:
+        raise UserError("score: give token ids, --prompt or --messages, one of them")
+    asked: dict[str, Any] = {"model": "demo/model"}
+    if messages is not None:
+        asked |= read_messages(messages)
+    elif prompt is not None:
+        asked["prompt"] = prompt
+    elif tokens:
+        asked["token_ids"] = tokens
+    else:
         try:
-            tokens = msgspec.json.decode(sys.stdin.buffer.read(), type=list[int])
+            asked["token_ids"] = msgspec.json.decode(sys.stdin.buffer.read(), type=list[int])
         except msgspec.DecodeError as error:
             raise UserError(f"stdin: expected a JSON list of token ids: {error}") from error
-    raise typer.Exit(run_score(url, model, tokens, lora_name=lora_name, cache_salt=cache_salt, raw=json))
+    given = {"model": model, "lora_name": lora_name, "cache_salt": cache_salt}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    raise typer.Exit(run_score(url, asked, raw=json))
 
 
 @app.command(epilog="Example: kvindex serve --index redis://redis:6379/0 --role scorer")

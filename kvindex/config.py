@@ -16,10 +16,11 @@ from msgspec import Meta
 from indexer import Copies
 from kvevents import OnGap, discovery
 from kvindex.errors import ConfigError
+from scorer import ModelSettings
 
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
 _LISTS = {"pods", "bind"}
-_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers"}
+_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers", "folders", "models", "aliases", "loras"}
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +95,35 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Whether what `/v1/observe` proves wrong is corrected, see `docs/loop.md`."""
 
 
+class TokenizersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How text and chat messages become tokens, see `docs/prompts.md`."""
+
+    folders: list[str] = []
+    """Where tokenizers are: ``FOLDER/<model>/tokenizer.json``, or a Hugging Face cache."""
+    models: dict[str, ModelSettings] = {}
+    """What the engines were told about a model that its files do not say."""
+    aliases: dict[str, str] = {}
+    """Other names of models that requests may use, each with the name that the pods go by."""
+    loras: dict[str, str] = {}
+    """LoRA adapters that requests may name as their model, each with its model."""
+    threads: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Questions that are rendered and tokenized at the same time."""
+    max_waiting: Annotated[int, Meta(ge=1)] = 256
+    """Questions that wait for that; more are refused."""
+    max_chars: Annotated[int, Meta(ge=1)] = 2 * 1024 * 1024
+    """Characters of one question: some texts take half a kilobyte and four microseconds for each."""
+    store_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
+    """Memory for the tokens of beginnings that were seen before; 0: none are kept."""
+    template_timeout_s: Annotated[float, Meta(gt=0, le=600)] = 5.0
+    """Processor time that a chat template may take for one question."""
+    trust_templates: bool = False
+    """Whether requests may bring a chat template of their own."""
+    remote_url: str = ""
+    """A vLLM to ask (``/tokenize``) for models without a tokenizer here."""
+    remote_api_key: str = ""
+    remote_timeout_s: Annotated[float, Meta(gt=0, le=600)] = 10.0
+
+
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP service."""
 
@@ -130,6 +160,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     discovery: DiscoveryConfig = DiscoveryConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
     scorer: ScorerConfig = ScorerConfig()
+    tokenizers: TokenizersConfig = TokenizersConfig()
     http: HttpConfig = HttpConfig()
     grpc: GrpcConfig = GrpcConfig()
     log: LogConfig = LogConfig()

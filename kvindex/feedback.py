@@ -1,35 +1,40 @@
 """What routers tell the service back: where they sent a prompt, and what the engine reused of it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
-from litestar import post
+from litestar import Request, post
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
-from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_404_NOT_FOUND
+from litestar.status_codes import HTTP_200_OK, HTTP_404_NOT_FOUND
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from indexer import Prompt
 from kvevents import discovery
 from kvindex.meanings import meaning_of
 from kvindex.pods import name_of
-from scorer import ERROR_BOUNDS, Observation, PrefixScorer, ScorerError
+from kvindex.scoring import read_prompts, refusal, refuse_unknown
+from scorer import ERROR_BOUNDS, InvalidRequest, Observation, PrefixScorer, ScorerError
 
 
-class RoutedRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """A prompt is sent to this pod now."""
+class RoutedRequest(msgspec.Struct):
+    """A prompt is sent to this pod now. The prompt is as in `/v1/score`, also the body of an OpenAI request."""
 
     pod: str
     model: str
-    token_ids: list[int]
+    token_ids: list[int] | None = None
+    prompt: str | list[Any] | None = None
+    messages: list[dict[str, Any]] | None = None
     rank: int | None = None
     lora_name: str | None = None
     cache_salt: str | None = None
     mm_items: list[tuple[str, int, int]] = []
 
 
-class ObserveRequest(RoutedRequest, kw_only=True, forbid_unknown_fields=True):
+class ObserveRequest(RoutedRequest, kw_only=True):
     """The pod reused so many tokens of it."""
 
     cached_tokens: int
@@ -46,50 +51,35 @@ def feedback_routes(
 ) -> list[HTTPRouteHandler]:
     """Make `/v1/routed` and `/v1/observe`. A pod that the index does not know is answered with 404."""
 
-    def check(data: RoutedRequest) -> None:
-        if len(data.token_ids) > max_tokens:
-            raise HTTPException(
-                status_code=HTTP_400_BAD_REQUEST,
-                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
-            )
+    async def read(data: RoutedRequest, body: bytes) -> Prompt:
+        if data.token_ids is not None:
+            refuse_unknown(type(data), body)
+        prompts = await read_prompts(scorer, body, max_tokens=max_tokens)
+        if len(prompts) > 1:
+            raise InvalidRequest(f"prompt: {len(prompts)} prompts; say each by itself")
+        return prompts[0]
 
     @post("/v1/routed", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def routed(data: JSONBody[RoutedRequest]) -> RoutedAnswer:
+    async def routed(request: Request[Any, Any, Any], data: JSONBody[RoutedRequest]) -> RoutedAnswer:
         """Say that a prompt is sent to a pod now: its blocks count as speculative for a while."""
-        check(data)
         try:
-            known = await scorer.arouted(
-                name_of(data.pod, followed),
-                data.token_ids,
-                model=data.model,
-                rank=data.rank,
-                lora_name=data.lora_name,
-                cache_salt=data.cache_salt,
-                mm_items=data.mm_items,
-            )
+            prompt = await read(data, await request.body())
+            known = await scorer.arouted(name_of(data.pod, followed), prompt, rank=data.rank)
         except ScorerError as error:
-            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
+            raise refusal(error) from error
         if not known:
             raise _unknown(data)
         return RoutedAnswer(data.pod)
 
     @post("/v1/observe", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def observe(data: JSONBody[ObserveRequest]) -> Observation:
+    async def observe(request: Request[Any, Any, Any], data: JSONBody[ObserveRequest]) -> Observation:
         """Say what the engine reused of a prompt: the error of the prediction is measured."""
-        check(data)
         try:
-            seen = await scorer.aobserve(
-                name_of(data.pod, followed),
-                data.token_ids,
-                cached_tokens=data.cached_tokens,
-                model=data.model,
-                rank=data.rank,
-                lora_name=data.lora_name,
-                cache_salt=data.cache_salt,
-                mm_items=data.mm_items,
-            )
+            prompt = await read(data, await request.body())
+            name = name_of(data.pod, followed)
+            seen = await scorer.aobserve(name, prompt, cached_tokens=data.cached_tokens, rank=data.rank)
         except ScorerError as error:
-            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
+            raise refusal(error) from error
         if seen.outcome == "unknown_pod":
             raise _unknown(data)
         return seen

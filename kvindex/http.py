@@ -4,14 +4,13 @@ import asyncio
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, delete, get, post, put
+from litestar import Litestar, Request, Response, delete, get, put
 from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
 from litestar.status_codes import (
-    HTTP_200_OK,
     HTTP_201_CREATED,
     HTTP_204_NO_CONTENT,
     HTTP_400_BAD_REQUEST,
@@ -29,32 +28,13 @@ from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
 from kvindex.pods import forget_pod
 from kvindex.readiness import Readiness
+from kvindex.scoring import score_route
 from kvindex.snapshots import Busy, Snapshots
 from kvindex.stats import Stats
-from scorer import PodMatch, PrefixScorer, ScorerError, scores_of
+from kvindex.tokenizing import PromptMetrics
+from scorer import PrefixScorer
 
 _SOON = {"Retry-After": "1"}
-
-
-class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """One question: which pods hold how much of this prompt?"""
-
-    model: str
-    token_ids: list[int]
-    pods: list[str] | None = None
-    lora_name: str | None = None
-    cache_salt: str | None = None
-    mm_items: list[tuple[str, int, int]] = []
-
-
-class ScoreAnswer(msgspec.Struct):
-    """The scores of the pods that hold at least the first block, and all that is known besides."""
-
-    scores: dict[str, float]
-    matches: list[PodMatch]
-    block_size: int
-    prompt_tokens: int
-    best: str | None
 
 
 class PodStatus(msgspec.Struct):
@@ -110,36 +90,11 @@ def create_app(
     answers = answers or AnswerMetrics()
     snapshots = snapshots or Snapshots(pool)
     readiness = Readiness(index, pool, followed)
-    metrics = Metrics(index, pool, followed, checks, FeedbackMetrics(scorer), snapshots, answers)
+    collectors = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers)
+    metrics = Metrics(index, pool, followed, *collectors)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
-    @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def score(data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
-        """Say which pods hold how much of a prompt."""
-        if len(data.token_ids) > max_tokens:
-            raise HTTPException(
-                status_code=HTTP_400_BAD_REQUEST,
-                detail=f"token_ids: {len(data.token_ids)} tokens, at most {max_tokens} are answered",
-            )
-        checks.asked.note(data.model, data.pods)
-        try:
-            with answers.question("http") as question:
-                matches = await question.run(
-                    scorer.match,
-                    data.token_ids,
-                    model=data.model,
-                    pods=None if data.pods is None else followed.resolve(data.pods),
-                    lora_name=data.lora_name,
-                    cache_salt=data.cache_salt,
-                    mm_items=data.mm_items,
-                )
-                size = await asyncio.to_thread(scorer.block_size, data.model)
-                question.found(matches, tokens=len(data.token_ids), block_size=size)
-        except ScorerError as error:
-            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
-        scores = scores_of(matches)
-        best = next(iter(scores), None)
-        return Response(ScoreAnswer(scores, matches, size, len(data.token_ids), best))
+    score = score_route(scorer, followed, checks, answers, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
     @get("/v1/pods")
     async def pods() -> Pods:
@@ -232,6 +187,7 @@ def create_app(
             HTTPException: _problem,
             IndexUnavailable: _unavailable,
             RecursionError: _too_deep,
+            UnicodeDecodeError: _no_text,
             HTTP_500_INTERNAL_SERVER_ERROR: _failure,
         },
     )
@@ -247,6 +203,11 @@ def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Proble
 
 def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:
     problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: nested too deeply")
+    return Response(problem, status_code=problem.status, media_type="application/problem+json")
+
+
+def _no_text(_: Request[Any, Any, Any], __: UnicodeDecodeError) -> Response[Problem]:
+    problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: not UTF-8")
     return Response(problem, status_code=problem.status, media_type="application/problem+json")
 
 

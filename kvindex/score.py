@@ -1,6 +1,9 @@
 """`kvindex score`: one question to a running service."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -28,11 +31,8 @@ class _Answer(msgspec.Struct, frozen=True):
     best: str | None
 
 
-def run_score(
-    url: str, model: str, tokens: list[int], *, lora_name: str | None, cache_salt: str | None, raw: bool
-) -> int:
-    """Ask and print a table, or the answer as it is. Raises `UserError` when there is no answer."""
-    asked = {"model": model, "token_ids": tokens, "lora_name": lora_name, "cache_salt": cache_salt}
+def run_score(url: str, asked: Mapping[str, Any], *, raw: bool) -> int:
+    """Ask with a body, and print a table, or the answer as it is. Raises `UserError` when there is no answer."""
     try:
         response = httpx.post(f"{url.rstrip('/')}/v1/score", json=asked, timeout=30.0)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -58,6 +58,19 @@ def run_score(
         table.add_row(*map(str, cells), json.dumps(match.tiers), f"{match.trust} {match.reason}")
     Console().print(table)
     return 0
+
+
+def read_messages(path: Path) -> dict[str, Any]:
+    """Read a chat request from a file: its messages, or the whole body. Raises `UserError` for anything else."""
+    try:
+        found = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise UserError(f"--messages {path}: {error}") from error
+    if isinstance(found, list):
+        return {"messages": found}
+    if isinstance(found, dict) and "messages" in found:
+        return found
+    raise UserError(f"--messages {path}: expected a list of messages, or an object that has one as `messages`")
 
 
 def _detail(answer: object) -> object:

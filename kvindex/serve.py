@@ -18,6 +18,7 @@ from kvindex.http import create_app
 from kvindex.pods import follow
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
+from kvindex.tokenizing import open_prompts
 from scorer import PrefixScorer
 
 
@@ -63,6 +64,7 @@ def run_serve(config: Config) -> int:
             tier_weights=config.scorer.tier_weights,
             routed_ttl_s=config.scorer.routed_ttl_s,
             heal=pool.recount if config.scorer.observe_heal else None,
+            prompts=open_prompts(config.tokenizers, running),
         )
         snapshots.start()
         # a scorer follows nobody, so that nothing is to be said of how it follows

@@ -1,20 +1,37 @@
 """Which pod holds how much of a prompt, and what that is worth."""
 
-from scorer.errors import InvalidRequest, NoTokenizer, ScorerError
+from scorer.errors import InvalidRequest, NoTokenizer, ScorerError, TemplateFailed, Unavailable
+from scorer.matches import PodMatch, scores_of
 from scorer.observing import ERROR_BOUNDS, Heal, Observation, Outcome, Tally
-from scorer.scorer import TIER_WEIGHTS, PodMatch, PrefixScorer, scores_of
+from scorer.prefix_store import PrefixStats, PrefixStore
+from scorer.prompts import Prompts, RemoteTokenizer, Timings
+from scorer.rendering import Renderer
+from scorer.requests import ChatBody
+from scorer.scorer import TIER_WEIGHTS, PrefixScorer
+from scorer.tokenizers import ModelSettings, Tokenizers
 
 __all__ = [
     "ERROR_BOUNDS",
     "TIER_WEIGHTS",
+    "ChatBody",
     "Heal",
     "InvalidRequest",
+    "ModelSettings",
     "NoTokenizer",
     "Observation",
     "Outcome",
     "PodMatch",
     "PrefixScorer",
+    "PrefixStats",
+    "PrefixStore",
+    "Prompts",
+    "RemoteTokenizer",
+    "Renderer",
     "ScorerError",
     "Tally",
+    "TemplateFailed",
+    "Timings",
+    "Tokenizers",
+    "Unavailable",
     "scores_of",
 ]

@@ -4,6 +4,7 @@
     * `InvalidRequest` (also a `ValueError`): a question cannot be answered as asked; the message names the field
         * `TemplateFailed`: a chat template refused the messages, is wrong itself, or took more than it may
     * `NoTokenizer`: nothing turns text for this model into tokens; the message names the places looked at
+    * `Unavailable`: a question cannot be answered now; asked again later it may be
 """
 
 
@@ -21,3 +22,7 @@ class NoTokenizer(ScorerError):
 
 class TemplateFailed(InvalidRequest):
     """A chat template refused the messages, is wrong itself, or took more time or memory than it may."""
+
+
+class Unavailable(ScorerError):
+    """Too many questions wait, or the remote tokenizer does not answer: ask again later."""

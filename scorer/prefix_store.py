@@ -151,7 +151,7 @@ class PrefixStore:
         space = self._space(model, tokenizer)
         rule = space.rule
         if isinstance(rule, str) or _altered(tokenizer):
-            _check(text)
+            check_text(text)
             ids = array("I", tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
             with self._lock:
                 self._aside += 1
@@ -306,7 +306,7 @@ class PrefixStore:
                 start = end
             text[start:].encode()
         except UnicodeEncodeError:
-            _check(text)
+            check_text(text)
             raise
         return path
 
@@ -354,7 +354,8 @@ def _altered(tokenizer: Tokenizer) -> bool:
     return bool(tokenizer.encode_special_tokens) or tokenizer.truncation is not None or tokenizer.padding is not None
 
 
-def _check(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raise `InvalidRequest` for text that is no Unicode (a lone surrogate)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

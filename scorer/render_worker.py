@@ -45,6 +45,9 @@ class _Dict:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:  # noqa: ANN401
         return dict(*args, **kwargs)
 
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:  # noqa: ANN401
+        return dict.fromkeys(*args)
+
 
 class _Namespace(Namespace):
     """A namespace that keeps no names with an underscore in front."""
@@ -103,39 +106,52 @@ def _compiled(template: str) -> jinja2.Template:
 def wants_parts(template: str) -> bool:
     """Say whether a template goes through the parts of a message's content itself, so that they must not be joined.
 
-    vLLM decides in the same way (`--chat-template-content-format auto`): is there a loop over the content of a loop
-    over the messages, also by other names?
+    Decided as vLLM does (renderers/hf.py, `--chat-template-content-format auto`), also where that is rough: there is a
+    loop over the content of what loops over the messages, or over something called `content`. Where targets of loops
+    and assignments are no plain names vLLM gives up, and joins.
     """
     tree = _environment().parse(template)
-    messages, message, content = {"messages"}, {"message"}, set[str]()
-    for _ in range(3):  # names for names for names
-        for loop in tree.find_all(nodes.For):
-            if isinstance(loop.target, nodes.Name) and _named(loop.iter, messages):
-                message.add(loop.target.name)
-        for assigned in tree.find_all(nodes.Assign):
-            if isinstance(assigned.target, nodes.Name):
-                if _named(assigned.node, messages):
-                    messages.add(assigned.target.name)
-                elif _content_of(assigned.node, message) or _named(assigned.node, content):
-                    content.add(assigned.target.name)
-    return any(_content_of(loop.iter, message) or _named(loop.iter, content) for loop in tree.find_all(nodes.For))
-
-
-def _named(node: nodes.Node | None, names: set[str]) -> bool:
-    """Whether an expression is one of some variables, filtered or sliced."""
-    while isinstance(node, nodes.Filter) or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)):
-        node = node.node
-    return isinstance(node, nodes.Name) and node.name in names
-
-
-def _content_of(node: nodes.Node | None, message: set[str]) -> bool:
-    while isinstance(node, nodes.Filter):
-        node = node.node
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content" and _named(node.node, message)
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-        return node.arg.value == "content" and _named(node.node, message)
+    assigned = list(tree.find_all(nodes.Assign))
+    loops = list(tree.find_all(nodes.For))
+    messages, grown = {"messages"}, True
+    while grown:
+        grown = False
+        for each in assigned:
+            if any(_reads(each.node, name) for name in messages):
+                if not isinstance(each.target, nodes.Name):
+                    return False
+                grown |= each.target.name not in messages
+                messages.add(each.target.name)
+    message = set[str]()
+    for loop in loops:
+        if any(_reads(loop.iter, name) for name in messages):
+            if not isinstance(loop.target, nodes.Name):
+                return False
+            message.add(loop.target.name)
+    for loop in loops:
+        bare = isinstance(loop.iter, nodes.Name) and loop.iter.name == "content"
+        if bare or any(_reads(loop.iter, name, "content") for name in message):
+            return isinstance(loop.target, nodes.Name)
     return False
+
+
+def _reads(node: nodes.Node | None, name: str, key: str | None = None) -> bool:
+    """Whether an expression is a variable, or one entry of it, behind filters, tests and slices."""
+    while isinstance(node, nodes.Filter | nodes.Test) or (
+        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+    ):
+        node = node.node
+    if key is not None:
+        if isinstance(node, nodes.Getattr):
+            found: object = node.attr
+        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+            found = node.arg.value
+        else:
+            return False
+        if found != key:
+            return False
+        node = node.node
+    return isinstance(node, nodes.Name) and node.ctx == "load" and node.name == name
 
 
 def render(template: str, variables: dict[str, Any], max_chars: int) -> str:

@@ -9,7 +9,10 @@ import msgspec
 from indexer import ImageItem, Index, InvalidQuestion, Prompt, Run, Source, TokenIds, tier_of
 from scorer.errors import InvalidRequest
 from scorer.loop import ROUTED_TTL_S, ClosedLoop
+from scorer.matches import PodMatch, scores_of
 from scorer.observing import Heal, Observation, Tally
+from scorer.prompts import Prompts
+from scorer.questions import Questions
 
 TIER_WEIGHTS: Mapping[str, float] = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5, "shared": 0.3}
 """What a block is worth by where it lies, where the caller does not say."""
@@ -18,32 +21,7 @@ Asked: TypeAlias = "TokenIds | Prompt"
 """What a question is about: token ids, or a prompt that the caller keeps."""
 
 
-class PodMatch(msgspec.Struct, frozen=True, gc=False):
-    """How much of a prompt one rank of a pod holds."""
-
-    pod: str
-    rank: int
-    blocks: int
-    """Leading blocks held without a gap, on any tier."""
-    tokens: int
-    """The same in tokens."""
-    reusable_tokens: int
-    """What the engine can reuse of them: it always computes at least the last token of a prompt."""
-    score: float
-    """The blocks, each weighted by the best tier that holds it."""
-    tiers: dict[str, int]
-    """The blocks by best tier."""
-    trust: str
-    """``exact``, or ``degraded``: then `reason` says why."""
-    reason: str = ""
-    speculative_blocks: int = 0
-    """Blocks beyond `blocks` that requests lately sent there will have put there, see `PrefixScorer.routed`. Not in
-    `tokens`, and in `score` only by `speculative_weight`."""
-    speculative_tokens: int = 0
-    """The same in tokens."""
-
-
-class PrefixScorer:
+class PrefixScorer(Questions):
     """Says which pods hold how much of a prompt.
 
     `block_size` asks only for chains of blocks of that many tokens; without it every size in use is asked for, and
@@ -54,6 +32,8 @@ class PrefixScorer:
     `routed_ttl_s` is how long what was routed counts, `speculative_weight` what such a block adds to a score: 0 unless
     asked for, as a score says what is there and a guess is not. `heal` corrects the index where observations prove it
     wrong: `EventPool.recount`, or None to measure only.
+
+    `prompts` turns text and messages into tokens; without it there are no tokenizers.
 
     All methods may be called from any thread; they never change the index.
     """
@@ -67,6 +47,7 @@ class PrefixScorer:
         speculative_weight: float = 0.0,
         routed_ttl_s: float = ROUTED_TTL_S,
         heal: Heal | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise InvalidRequest(f"block_size: expected at least 1, got {block_size}")
@@ -75,6 +56,7 @@ class PrefixScorer:
                 raise InvalidRequest(f"tier_weights[{name!r}]: expected a number of at least 0, got {weight!r}")
         if not speculative_weight >= 0:
             raise InvalidRequest(f"speculative_weight: expected a number of at least 0, got {speculative_weight!r}")
+        self.prompts = prompts or Prompts()
         self._loop = ClosedLoop(index, block_size, ttl_s=routed_ttl_s, heal=heal)
         self._speculative_weight = speculative_weight
         self._index = index
@@ -376,12 +358,3 @@ def _names_of(pods: Collection[str] | None) -> Collection[str] | None:
     if isinstance(pods, str):
         raise InvalidRequest(f"pods: expected a list of names, got the text {pods!r}")
     return pods
-
-
-def scores_of(matches: Sequence[PodMatch]) -> dict[str, float]:
-    """Give the score of the best rank of each pod that holds at least the first block of a prompt."""
-    scores: dict[str, float] = {}
-    for match in matches:
-        if (match.tokens or match.score) and match.score > scores.get(match.pod, -1.0):
-            scores[match.pod] = match.score
-    return scores

@@ -133,4 +133,4 @@ def test_a_capture_that_cannot_be_checked_is_refused_by_the_line(tmp_path, lines
 def test_what_is_no_score_is_refused(monkeypatch, status, content):
     monkeypatch.setattr(httpx, "post", lambda *_, **__: httpx.Response(status, content=content))
     with pytest.raises(UserError, match="http://elsewhere"):
-        run_score("http://elsewhere", "m", [1], lora_name=None, cache_salt=None, raw=False)
+        run_score("http://elsewhere", {"model": "m", "token_ids": [1]}, raw=False)

@@ -22,6 +22,9 @@ from grpc_tools import protoc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from indexer import IndexUnavailable, Source, open_index
 from kvevents import EventPool, Message, discovery
@@ -34,9 +37,10 @@ from kvindex.rpc.calls import Calls
 from kvindex.rpc.schema import SCHEMA
 from kvindex.rpc.server import RpcServer, open_schema
 from kvindex.stats import Asked
-from scorer import InvalidRequest, NoTokenizer, PrefixScorer
+from scorer import InvalidRequest, PrefixScorer, Prompts, Tokenizers, Unavailable
 
 from .conftest import payload, until
+from .models import make_folder
 
 ROOT = Path(__file__).parents[1]
 MODEL = "org/m"
@@ -118,23 +122,21 @@ def llmd_scores(data):
 # ---- a service
 
 
-class Words:
-    """In the place of tokenizers: words are token ids already."""
-
-    def __init__(self, scorer):
-        self.scorer = scorer
-
-    async def ascore_prompt(self, text, *, model, pods=None):
-        if model == "no/tokenizer":
-            raise NoTokenizer(f"model {model!r}: no tokenizer.json in /models/no/tokenizer")
-        return await self.scorer.ascore([int(word) for word in text.split()], model=model, pods=pods)
+def make_tokenizers(folder):
+    """Words are token ids already."""
+    vocabulary = {str(number): number for number in range(1_000)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="999"))  # noqa: S106
+    tokenizer.pre_tokenizer = Whitespace()
+    make_folder(folder / MODEL, tokenizer)
+    return Tokenizers([folder], loras={"adapter": MODEL})
 
 
 class Service:
-    def __init__(self, *, words=True, **limits):
+    def __init__(self, folder=None, **limits):
         self.index = open_index()
         self.pool = EventPool(self.index)
-        self.scorer = PrefixScorer(self.index)
+        self.prompts = Prompts(make_tokenizers(folder) if folder else None)
+        self.scorer = PrefixScorer(self.index, prompts=self.prompts)
         self.answers = AnswerMetrics()
         self.asked = Asked()
         addresses = {"pod-a": (ADDRESS, SHARED), "pod-b": (SHARED,)}
@@ -149,7 +151,6 @@ class Service:
             self.asked,
             self.answers,
             max_tokens=limits.pop("max_tokens", 1_000),
-            texts=Words(self.scorer) if words else None,
         )
         options = {"host": "127.0.0.1", "port": 0, "max_message_bytes": 64 * 1024} | limits
         self.server = RpcServer(calls, self.schema, **options)
@@ -169,6 +170,7 @@ class Service:
         self.server.close()
         self.server.close()
         self.pool.close()
+        self.prompts.close()
 
     def call(self, method, data, timeout=20):
         return self.channel.unary_unary(method)(data, timeout=timeout)
@@ -185,8 +187,8 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service():
-    with Service() as running:
+def service(tmp_path_factory):
+    with Service(tmp_path_factory.mktemp("tokenizers")) as running:
         yield running
 
 
@@ -204,7 +206,6 @@ def test_a_client_made_from_llm_ds_field_numbers_gets_right_answers(service):
     assert ask(words(50), pods=["pod-b"]) == [("pod-b", 1.0)]
     assert ask(words(15)) == []
     assert ask("") == []
-    assert ask(words(50), model="never") == []
     assert ask(words(50), pods=["never"]) == []
 
 
@@ -222,13 +223,15 @@ def test_what_llm_ds_question_is_refused_for(service):
     assert "model_name" in service.refusal(LLMD, llmd_request("1", model=""))[1]
     status, said = service.refusal(LLMD, llmd_request("1", model="no/tokenizer"))
     assert status == code.FAILED_PRECONDITION
-    assert "/models/no/tokenizer" in said
+    assert "no/tokenizer/tokenizer.json" in said
+    status, said = service.refusal(LLMD, llmd_request(words(999) + " 1" * 10))
+    assert (status, said) == (code.INVALID_ARGUMENT, "prompt: 1009 tokens, at most 1000 are answered")
     status, said = service.refusal(LLMD, llmd_request("1", pods=["p"] * 16_385))
     assert (status, said.partition(":")[0]) == (code.INVALID_ARGUMENT, "pod_identifiers")
 
 
 def test_without_tokenizers_text_is_refused_and_tokens_are_answered():
-    with Service(words=False) as service:
+    with Service() as service:
         status, said = service.refusal(LLMD, llmd_request("1"))
         assert status == grpc.StatusCode.FAILED_PRECONDITION
         assert "tokenizer" in said
@@ -354,6 +357,49 @@ def test_bytes_that_are_no_question_are_refused(service, method):
         assert "Traceback" not in said
 
 
+def test_an_adapter_is_asked_for_by_its_name(service):
+    tokens = list(range(32))
+    event = ["BlockStored", [91, 92], None, tokens, 16, 1, "GPU", "adapter"]
+    service.pool.submit(Message(f"kv@pod-l@{MODEL}".encode(), 0, payload(event)))
+    service.pool.drain()
+    try:
+        kind = service.schema.methods["Score"].response
+        for question in (ours(model="adapter", token_ids=tokens), ours(token_ids=tokens, lora_name="adapter")):
+            assert dict(kind.FromString(service.call(OURS, question)).scores) == {"pod-l": 2.0}
+        assert llmd_scores(service.call(LLMD, llmd_request(words(32), model="adapter"))) == [("pod-l", 2.0)]
+        status, said = service.refusal(OURS, ours(model="adapter", lora_name="other"))
+        assert (status, said.partition(":")[0]) == (grpc.StatusCode.INVALID_ARGUMENT, "lora_name")
+    finally:
+        service.pool.unsubscribe("pod-l")
+
+
+def test_what_text_takes_is_counted(service):
+    def read():
+        lines = [line.split() for line in service.metrics().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    before = read()
+    service.call(LLMD, llmd_request(words(50)))
+    after = read()
+    for name, more in (
+        ("kvcache_tokenization_tokenization_latency_seconds_count", 1),
+        ("kvcache_tokenization_render_chat_template_latency_seconds_count", 0),
+        ("kvcache_index_lookup_hits_total", 3),
+        ("kvindex_lookup_tokens_total", 50),
+    ):
+        assert after[name] - before[name] == more, name
+
+
+def test_when_too_much_waits_to_be_tokenized_it_is_said(service, monkeypatch):
+    async def busy(*_, **__):
+        raise Unavailable("256 questions wait to be tokenized; ask again later")
+
+    monkeypatch.setattr(service.prompts, "run", busy)
+    status, said = service.refusal(LLMD, llmd_request("1"))
+    assert status == grpc.StatusCode.UNAVAILABLE
+    assert "ask again" in said
+
+
 def test_fields_that_nobody_knows_are_passed_over(service):
     more = field(1_000, "x" * 1_000) + field(77, 2**64 - 1) + varint(99 << 3 | 1) + bytes(8)
     assert llmd_scores(service.call(LLMD, llmd_request(words(50)) + more)) == [("pod-a", 3.0), ("pod-b", 1.0)]
@@ -382,9 +428,9 @@ def test_a_long_error_still_fits_into_a_header(service, monkeypatch):
 @given(st.binary(max_size=200), st.sampled_from([LLMD, OURS]))
 def test_any_bytes_get_an_answer_or_a_refusal(service, data, method):
     answer = service.channel.unary_unary(method).future(data, timeout=20)
-    # text that is no numbers is trouble of this test's own tokenizer
-    troubles = {grpc.StatusCode.INTERNAL} if method == LLMD else set()
-    assert answer.code() in {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, *troubles}
+    # a name of bytes is one for which there is no tokenizer
+    expected = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}
+    assert answer.code() in expected
 
 
 def test_calls_that_are_begun_and_never_ended_hold_nobody_up(service):

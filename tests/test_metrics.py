@@ -13,7 +13,7 @@ from indexer import open_index, redis_index
 from kvevents import EventPool, Message, trust
 from kvindex.http import create_app
 from kvindex.meanings import meaning_of
-from scorer import PrefixScorer
+from scorer import PrefixScorer, PrefixStore, Prompts
 
 from .conftest import MODEL, payload
 
@@ -46,14 +46,14 @@ STORED = ["BlockStored", [1, 2], None, TOKENS[:32], 16, None]
 def client():
     """A service that has seen all that has a metric of its own: two pods, a gap, a bad message, questions, answers."""
     index = open_index()
-    with EventPool(index) as pool:
+    with EventPool(index) as pool, Prompts(store=PrefixStore(1 << 20)) as prompts:
         pool.subscribe("pod-c", "tcp://127.0.0.1:1", model=MODEL)
         pool.submit(message("pod-a", 0, STORED))
         pool.submit(message("pod-b", 0, STORED, rank=1))
         pool.submit(message("pod-b", 5, ["BlockRemoved", [2]], rank=1))
         pool.submit(Message(b"kv@pod-b@m", 6, b"\xc1"))
         pool.drain()
-        app = create_app(PrefixScorer(index), index, pool, max_tokens=100, max_body_bytes=4096)
+        app = create_app(PrefixScorer(index, prompts=prompts), index, pool, max_tokens=100, max_body_bytes=4096)
         with TestClient(app) as opened:
             ask(opened, "score")
             ask(opened, "routed", pod="pod-a")

@@ -1,13 +1,14 @@
 """What the gRPC services answer: from messages to questions, and from answers to messages."""
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
+from indexer import Prompt
 from kvevents import discovery
 from kvindex.answers import AnswerMetrics
 from kvindex.rpc.schema import MessageType, Schema, parse
 from kvindex.stats import Asked
-from scorer import InvalidRequest, NoTokenizer, PodMatch, PrefixScorer, scores_of
+from scorer import InvalidRequest, PodMatch, PrefixScorer, Timings, scores_of
 
 Call: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
@@ -16,23 +17,10 @@ MOST_ITEMS = 1_024
 _EXACT, _DEGRADED = 1, 2
 
 
-class TextScorer(Protocol):
-    """What answers for prompts that are text."""
-
-    async def ascore_prompt(
-        self, text: str, /, *, model: str, pods: Collection[str] | None = None
-    ) -> Mapping[str, float]:
-        """Give the score of each pod that holds at least the first block, highest first.
-
-        Raises `NoTokenizer` where nothing turns text for this model into tokens.
-        """
-
-
 class Calls:
     """Answers the methods by name, bytes to bytes.
 
     They raise `InvalidRequest` with the field's name in front, `IndexUnavailable`, and whatever else the scorer raises.
-    Without `texts` there are no tokenizers.
     """
 
     def __init__(
@@ -44,10 +32,8 @@ class Calls:
         metrics: AnswerMetrics,
         *,
         max_tokens: int,
-        texts: TextScorer | None = None,
     ) -> None:
         self._scorer = scorer
-        self._texts = texts
         self._followed = followed
         self._asked = asked
         self._metrics = metrics
@@ -63,15 +49,22 @@ class Calls:
             _require_name(model, "model_name")
             asked = list(request.pod_identifiers)
             _check(len(asked), MOST_PODS, "pod_identifiers", "names")
-            self._asked.note(model, asked)
-            if self._texts is None:
-                raise NoTokenizer(f"model {model[:200]!r}: this service has no tokenizers; ask it with token ids")
             names = self._names_of(asked)
-            scores = await self._texts.ascore_prompt(request.prompt, model=model, pods=names if asked else None)
+            prompts, timings = self._scorer.prompts, Timings()
+            self._asked.note(prompts.tokenizers.resolve(model)[0], asked)
+            (prompt,) = await prompts.run(prompts.read, {"model": model, "prompt": request.prompt}, timings)
+            self._metrics.tokenized(timings)
+            _check(prompt.length, self._max_tokens, "prompt", "tokens")
+            matches = await self._metrics.run(self._match, prompt, names if asked else None)
             answer = self._scores.response()
-            for pod, worth in _as_asked(scores, names).items():
+            for pod, worth in _as_asked(scores_of(matches), names).items():
                 answer.scores.add(pod=pod, score=worth)
             return _bytes(answer)
+
+    def _match(self, prompt: Prompt, pods: Collection[str] | None) -> list[PodMatch]:
+        matches = self._scorer.match(prompt, pods=pods)
+        self._metrics.found(matches, tokens=prompt.length, block_size=self._scorer.block_size(prompt.model))
+        return matches
 
     async def score(self, payload: bytes) -> bytes:
         """Answer with all there is to know."""
@@ -81,21 +74,22 @@ class Calls:
     def _answer(self, payload: bytes) -> bytes:
         request = parse(self._score.request, payload)
         _require_name(request.model, "model")
+        model, lora = self._identity(request)
         tokens, length = _tokens_of(request)
         pods = list(request.pods)
         _check(length, self._max_tokens, "token_ids", "tokens")
         _check(len(pods), MOST_PODS, "pods", "names")
         _check(len(request.mm_items), MOST_ITEMS, "mm_items", "items")
-        self._asked.note(request.model, pods)
+        self._asked.note(model, pods)
         matches = self._scorer.match(
             tokens,
-            model=request.model,
+            model=model,
             pods=self._followed.resolve(pods) if pods else None,
-            lora_name=request.lora_name or None,
+            lora_name=lora,
             cache_salt=request.cache_salt or None,
             mm_items=[(item.identifier, item.first_token, item.length) for item in request.mm_items],
         )
-        scores, size = scores_of(matches), self._scorer.block_size(request.model)
+        scores, size = scores_of(matches), self._scorer.block_size(model)
         self._metrics.found(matches, tokens=length, block_size=size)
         answer = self._score.response(
             scores=scores, block_size=size, prompt_tokens=length, best=next(iter(scores), None)
@@ -103,6 +97,14 @@ class Calls:
         for match in matches:
             _add(answer.matches, match)
         return _bytes(answer)
+
+    def _identity(self, request: MessageType) -> tuple[str, str | None]:
+        """Give the model and the adapter that are meant: a model's name may be that of an adapter, as with vLLM."""
+        model, adapter = self._scorer.prompts.tokenizers.resolve(request.model)
+        said = request.lora_name or None
+        if adapter is not None and said not in (None, adapter):
+            raise InvalidRequest(f"lora_name: {said!r}, but model {request.model!r} is the adapter {adapter!r}")
+        return model, said if adapter is None else adapter
 
     def _names_of(self, asked: Iterable[str]) -> dict[str, list[str]]:
         """Give the names that pods are followed under, with those they were asked for by."""

@@ -15,13 +15,13 @@ from indexer import IndexUnavailable
 from kvindex.errors import UserError
 from kvindex.rpc.calls import Call, Calls
 from kvindex.rpc.schema import Schema
-from scorer import NoTokenizer, ScorerError
+from scorer import NoTokenizer, ScorerError, Unavailable
 
 _MOST_CALLS = 1_024
 """Calls under way at once; one more is RESOURCE_EXHAUSTED."""
 _GRACE_S = 5.0
-_MESSAGE_CHARACTERS = 500
-"""What is said of an error travels in a header, and clients refuse more than 8 KiB of those."""
+_MESSAGE_BYTES = 2_000
+"""What is said of an error travels in a header, bytes that are no ASCII as three; clients refuse more than 8 KiB."""
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
@@ -115,13 +115,13 @@ def _handler(call: Call) -> Any:  # noqa: ANN401
             return await call(payload)
         except NoTokenizer as error:
             code, said = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+        except (IndexUnavailable, Unavailable) as error:
+            code, said = grpc.StatusCode.UNAVAILABLE, str(error)
         except ScorerError as error:
             code, said = grpc.StatusCode.INVALID_ARGUMENT, str(error)
-        except IndexUnavailable as error:
-            code, said = grpc.StatusCode.UNAVAILABLE, str(error)
         except Exception as error:  # noqa: BLE001  (whatever goes wrong with one call, the others are answered)
             structlog.get_logger("kvindex").error("grpc_call_failed", error=repr(error))
             code, said = grpc.StatusCode.INTERNAL, "the service failed; its log says why"
-        return await context.abort(code, said[:_MESSAGE_CHARACTERS])
+        return await context.abort(code, said.encode()[:_MESSAGE_BYTES].decode(errors="ignore"))
 
     return handle
