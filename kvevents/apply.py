@@ -11,6 +11,7 @@ from structlog.typing import FilteringBoundLogger
 
 from indexer import Copies, Decoded, Index, InvalidQuestion, LimitReached, Source
 from kvevents.errors import DecodeError
+from kvevents.hearing import LastHeard, Notes, last_heard
 from kvevents.message import FLEET_WIDE, Message, Note, Publisher, parse_topic
 from kvevents.position import PodPosition, PublisherPosition, RankPosition
 from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
@@ -30,24 +31,12 @@ AskAgain: TypeAlias = Callable[[Publisher, int, int], None]
 """Asks a publisher for a replay, by its number, from a number of a message on. It must not wait."""
 
 
-class LastHeard(NamedTuple):
-    """When a source was heard."""
-
-    at: float
-    """When its last message was applied, in seconds since the epoch."""
-    ts: float | None
-    """When the engine made it, None where that could not be read cheaply."""
-    messages: int
-    """How many were applied so far."""
-    gaps: int = 0
-    """How often some were missing for good."""
-
-
 class _Flow(NamedTuple):
     """What one publisher says of one source."""
 
     source: Source
     stream: Stream
+    notes: Notes
 
 
 class Applier:
@@ -72,6 +61,8 @@ class Applier:
         """Publishers that cannot be reached, and whether what they said is forgotten."""
         self._heard: dict[Publisher, float] = {}
         """When a publisher spoke last."""
+        self._now = 0.0
+        """When the messages came that are being applied."""
         self._restored: dict[Publisher, PublisherPosition] = {}
         """Publishers that were loaded from a snapshot and not followed since."""
         self._restored_at = 0.0
@@ -83,7 +74,6 @@ class Applier:
         self._flows: dict[Publisher, dict[int, _Flow]] = {}
         self.counters: Counter[str] = Counter()
         self.sequences: dict[Source, int] = {}
-        self.heard: dict[Source, LastHeard] = {}
 
     def apply(self, publisher: Publisher, messages: Sequence[Message]) -> None:
         """Apply messages of a publisher in order. What cannot be used is counted and logged, never raised.
@@ -181,7 +171,8 @@ class Applier:
             self._heard[publisher] = now
             flows = {}
             for rank in known.ranks:
-                flow = flows[rank.rank] = _Flow(Source(pod.pod, rank.rank), Stream(first=_first_of(pod.pod)))
+                stream = Stream(first=_first_of(pod.pod))
+                flow = flows[rank.rank] = _Flow(Source(pod.pod, rank.rank), stream, Notes())
                 flow.stream.last = rank.last
                 if rank.last is not None:
                     self.sequences[flow.source] = rank.last
@@ -318,7 +309,7 @@ class Applier:
 
         Batches that simply follow each other go to the index together: the more at once, the cheaper each.
         """
-        self._heard[publisher] = time.monotonic()
+        self._heard[publisher] = self._now = time.monotonic()
         if publisher not in self._flows:
             self._apply_each(publisher, messages[:1], self._decode(messages[:1]))
             messages = messages[1:]  # what is known now may be all that the others need
@@ -330,9 +321,9 @@ class Applier:
         self, publisher: Publisher, messages: Sequence[Message], decoded: Sequence[Decoded | DecodeError]
     ) -> None:
         due: list[Decoded] = []
-        source: Source | None = None
+        last: _Flow | None = None
         seq = 0
-        is_emptied = False
+        is_emptied = is_live = False
         for message, batch in zip(messages, decoded, strict=True):
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
@@ -344,23 +335,23 @@ class Applier:
             if flow is None:
                 continue
             verdict = flow.stream.observe(message.seq)
-            if source is not None and (verdict is not _NEXT or flow.source is not source):
-                self._hand_over(source, due, seq)
+            if last is not None and (verdict is not _NEXT or flow is not last):
+                self._hand_over(last, due, seq, is_live=is_live)
                 due = []
-            source, seq = flow.source, message.seq
+            last, seq, is_live = flow, message.seq, not message.replay
             if verdict is not _NEXT:
                 is_emptied = False
                 self._follow(publisher, flow, verdict, seq)
             if batch.discards:
-                self._note_discards(source, batch, seq)
+                self._note_discards(flow.source, batch, seq)
             due.append(batch)
             if batch.clears:
-                self._hand_over(source, due, seq)
-                self._trust.judge(publisher, source, "")  # an empty cache is a known one
+                self._hand_over(flow, due, seq, is_live=is_live)
+                self._trust.judge(publisher, flow.source, "")  # an empty cache is a known one
                 is_emptied = True
                 due = []
-        if source is not None:
-            self._hand_over(source, due, seq)
+        if last is not None:
+            self._hand_over(last, due, seq, is_live=is_live)
         if is_emptied and publisher in self._recoveries:
             self._recoveries[publisher].emptied()
 
@@ -374,7 +365,7 @@ class Applier:
         decoder, flows = self._index.decoder, self._flows.get(publisher, {})
         if decoder is None or len(flows) != 1:
             return 0, self._decode(messages)
-        ((source, stream),) = flows.values()
+        ((source, stream, notes),) = flows.values()
         seqs = [message.seq for message in messages]
         if not stream.goes_on(seqs):
             return 0, self._decode(messages)
@@ -382,7 +373,9 @@ class Applier:
         if applied:
             stream.last = seqs[applied - 1]
             self._note_applied(source, applied, events, stream.last)
-            self._note_heard(source, applied, batch_time(messages[applied - 1].payload))
+            notes.messages += applied
+            if self._now >= notes.due and not messages[applied - 1].replay:
+                notes.sample(self._now, batch_time(messages[applied - 1].payload))
         return applied, name_errors(rest)
 
     def _decode(self, messages: Sequence[Message]) -> list[Decoded | DecodeError]:
@@ -396,21 +389,27 @@ class Applier:
         for source in [source for source in self._sources() if source.pod == pod]:
             self._trust.call_failed(source)
 
-    def _hand_over(self, source: Source, due: list[Decoded], seq: int) -> None:
+    def _hand_over(self, flow: _Flow, due: list[Decoded], seq: int, *, is_live: bool) -> None:
         if due:
             events = [batch.events for batch in due]
-            self._index.apply_all(source, events, last_seq=seq)
-            self._note_applied(source, len(due), sum(map(len, events)), seq)
-            self._note_heard(source, len(due), due[-1].ts)
+            self._index.apply_all(flow.source, events, last_seq=seq)
+            self._note_applied(flow.source, len(due), sum(map(len, events)), seq)
+            flow.notes.messages += len(due)
+            if is_live and self._now >= flow.notes.due:
+                flow.notes.sample(self._now, due[-1].ts)
 
     def _note_applied(self, source: Source, messages: int, events: int, seq: int) -> None:
         self.counters["events_total"] += events
         self.counters["applied_total"] += messages
         self.sequences[source] = seq
 
-    def _note_heard(self, source: Source, messages: int, ts: float | None) -> None:
-        before = self.heard.get(source, LastHeard(0.0, None, 0))
-        self.heard[source] = LastHeard(time.time(), ts, before.messages + messages, before.gaps)
+    def heard(self) -> dict[Source, LastHeard]:
+        """Say when each source was heard. May be called from any thread."""
+        flows = [
+            (self._heard.get(publisher, 0.0), list(known.values())) for publisher, known in self._flows.copy().items()
+        ]
+        # what was loaded from a snapshot was not heard yet
+        return last_heard((flow.source, at, flow.notes) for at, some in flows for flow in some if flow.notes.messages)
 
     def _sources(self) -> set[Source]:
         return {flow.source for flows in self._flows.values() for flow in flows.values()}
@@ -426,17 +425,16 @@ class Applier:
             self._anew.discard(publisher)
             if any(status.blocks for status in self._index.sources() if status.source == source):
                 self._index.restart(source)
-        flow = _Flow(source, Stream(first=_first_of(source.pod)))
+        flow = _Flow(source, Stream(first=_first_of(source.pod)), Notes())
         self._flows.setdefault(publisher, {})[source.rank] = flow
         return flow
 
     def _follow(self, publisher: Publisher, flow: _Flow, verdict: Verdict, seq: int) -> None:
         """Say to the index what a number other than the one that was due means."""
-        source, stream = flow
+        source, stream, notes = flow
         if verdict is Verdict.GAP:
             self.counters["gaps_total"] += 1
-            before = self.heard.get(source, LastHeard(0.0, None, 0))
-            self.heard[source] = before._replace(gaps=before.gaps + 1)
+            notes.gaps += 1
             self.counters["missing_total"] += stream.missing
             self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=seq)
             if self._on_gap == "drop":
@@ -478,7 +476,6 @@ class Applier:
         self._heard = {publisher: at for publisher, at in self._heard.items() if publisher.pod != pod}
         self._anew = {publisher for publisher in self._anew if publisher.pod != pod}
         self.sequences = {source: seq for source, seq in self.sequences.items() if source.pod != pod}
-        self.heard = {source: last for source, last in self.heard.items() if source.pod != pod}
         if keep:
             self._index.release(pod)
         else:

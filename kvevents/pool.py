@@ -13,9 +13,10 @@ import structlog
 
 from indexer import Copies, Index, InvalidQuestion, Source, snapshots
 from kvevents import position
-from kvevents.apply import Applier, LastHeard, OnGap
+from kvevents.apply import Applier, OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
+from kvevents.hearing import LastHeard
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
 from kvevents.subscriber import Receiver, Subscription
@@ -327,11 +328,15 @@ class EventPool:
 
     def heard(self) -> dict[Source, LastHeard]:
         """Say for each source when it was heard last, and how often."""
-        return {source: last for applier in self._appliers for source, last in list(applier.heard.items())}
+        return {source: last for applier in self._appliers for source, last in applier.heard().items()}
 
     def connected(self) -> dict[str, bool]:
         """Say for each subscribed pod whether its publishers are connected."""
         return {} if self._receiver is None else self._receiver.connected()
+
+    def unheard(self) -> dict[str, str]:
+        """Give the pods whose topic filter does not let through what they publish, with the topic of that."""
+        return {} if self._receiver is None else self._receiver.unheard()
 
     def awaited(self) -> dict[str, str]:
         """Say for each pod of which it is not known yet what it holds what is missing: ``connection`` or ``replay``.
