@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from indexer import Copies, Events, Holding, Index, Prompt, Source, SourceStatus
+from indexer import Copies, Events, Holding, Index, Prompt, Source, SourceStatus, open_index
 
 
 class LookUp(NamedTuple):
@@ -83,6 +83,10 @@ class JournalIndex:
         """Count one copy of blocks."""
         return self._index.recount(source, keys)
 
+    def surplus(self, source: Source, keys: Collection[int]) -> int:
+        """Say how many copies that would take."""
+        return self._index.surplus(source, keys)
+
     def expire(self) -> None:
         """Drop what outlived its time."""
         self._index.expire()
@@ -110,3 +114,8 @@ class JournalIndex:
     def close(self) -> None:
         """Close the index."""
         self._index.close()
+
+
+def open_journal(url: str, size: int = 10_000) -> Index:
+    """Open an index with a journal. That it is declared as an `Index` has the type checker compare the two."""
+    return JournalIndex(open_index(url), size)

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from examples import load
-from examples.custom_index import JournalIndex, LookUp
+from examples.custom_index import JournalIndex, LookUp, open_journal
 from examples.plot import Panel, draw
 from examples.simulated_servers import Engine, Speed, Words, create_app, save_tokenizer
 from indexer import Limits, Prompt, open_index
@@ -48,7 +48,7 @@ def open_new():
 
 
 def test_a_journal_has_what_was_asked_and_held(tmp_path):
-    index = JournalIndex(open_index("memory://"), size=2)
+    index = open_journal("memory://", size=2)
     with Fleet(2, model=MODEL) as fleet, EventPool(index) as pool:
         for pod in fleet.pods:
             pool.subscribe(pod.name, pod.publisher.endpoint, model=MODEL)
