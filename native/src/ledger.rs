@@ -542,7 +542,8 @@ impl Ledger {
             return 0;
         }
         let first = self.slots.iter().filter(|slot| slot.tier == Tier::Gpu);
-        let copied = first.flat_map(|slot| slot.copies.iter().map(|(name, number)| (slot.held.get(*name, secret), number)));
+        let copied =
+            first.flat_map(|slot| slot.copies.iter().map(|(name, number)| (slot.held.get(*name, secret), number)));
         copied.filter(|(key, _)| keys.contains(key)).map(|(_, number)| *number as usize - 1).sum()
     }
 
