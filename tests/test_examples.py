@@ -109,13 +109,13 @@ def test_an_example_is_as_short_as_it_is_said_to_be():
 
 def test_the_demo_compares_the_policies_over_http(tmp_path):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("KVINDEX_")}
-    command = [sys.executable, "-m", "examples.demo", "--rate", "60", "--requests", "40", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "examples.demo", "--rate", "60", "--requests", "28", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     results = json.loads((tmp_path / "router.json").read_text())
     assert [result["policy"] for result in results] == list(load.POLICIES)
-    assert {(result["rate"], result["requests"], result["failed"]) for result in results} == {(60, 40, 0)}
+    assert {(result["rate"], result["requests"], result["failed"]) for result in results} == {(60, 28, 0)}
     shares = {result["policy"]: result["hit_share"] for result in results}
     assert shares["kv"] > max(shares["round-robin"], shares["random"])
     table = (tmp_path / "router.md").read_text()
