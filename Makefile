@@ -7,6 +7,8 @@ PACKAGES := $(VENV)/packages
 READY := $(VENV)/ready
 CRATE := native/Cargo.toml native/Cargo.lock $(shell find native/src -name '*.rs')
 CARGO := cargo --quiet
+# much of what tests do is to wait for sockets and processes: so several at a time
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # `make demo ARGS="--rate 20"` passes options on
 ARGS ?=
 
@@ -36,11 +38,11 @@ demo: $(READY) ## route requests over simulated servers by what they have cached
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The index in Redis is the same with the core and without; `make test` asks it.
 test-python: $(READY) ## run them as if there were no compiled core
-	KVINDEX_IMPL=python $(BIN)/python -m pytest --ignore-glob='*/test_redis*' -k 'not redis_server and not redis_cluster' $(ARGS)
+	KVINDEX_IMPL=python $(PYTEST) --ignore-glob='*/test_redis*' -k 'not redis_server and not redis_cluster' $(ARGS)
 
 coverage: $(READY) ## see that the tests of replay and restarts take every branch of its decisions
 	$(BIN)/coverage run --data-file=build/.coverage --branch --include=kvevents/recovery.py -m pytest -q tests/test_recovery.py
