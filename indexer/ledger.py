@@ -105,11 +105,12 @@ class Ledger:
             return "unknown parent: blocks were stored whose predecessors were never announced"
         return ""
 
-    def store(self, event: BlockStored) -> list[Change]:
-        """Apply a store event, and what waited for it."""
+    def store(self, event: BlockStored) -> tuple[list[Change], list[EngineHash]]:
+        """Apply a store event, and what waited for it; give the changes, and the names whose tokens may be known now."""
         changes: list[Change] = []
+        told = list(event.block_hashes)
         if not self._store_one(event, changes) or not self.waiting.has_parked:
-            return changes
+            return changes, told
         stored = [event]
         while stored:
             event = stored.pop()
@@ -117,9 +118,10 @@ class Ledger:
                 for parked in self.waiting.unpark(name, event.block_size):
                     if self._store_one(parked.event, changes):
                         stored.append(parked.event)
+                        told += parked.event.block_hashes
                     if parked.removed:
                         changes += self.remove(parked.removal())
-        return changes
+        return changes, told
 
     def _store_one(self, event: BlockStored, changes: list[Change]) -> bool:
         """Apply one event alone; say whether blocks may follow its hashes now."""

@@ -138,9 +138,10 @@ class TrackingIndex(ABC):
         self._counters["stored_total"] += len(event.block_hashes)
         if event.bare_images:
             self._bare_models.add(tracked.model)
-        self._change(tracked, tracked.ledger.store(event))
+        changes, told = tracked.ledger.store(event)
+        self._change(tracked, changes)
         for other in self._waiting_for(tracked):
-            self._change(other, other.ledger.learn(tracked.ledger.find, event.block_hashes))
+            self._change(other, other.ledger.learn(tracked.ledger.find, told))
 
     def _waiting_for(self, tracked: Tracked) -> list[Tracked]:
         """Give the shared caches of the same model that wait for somebody to say a block's tokens."""

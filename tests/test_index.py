@@ -185,6 +185,18 @@ def test_shared_storage_learns_of_a_block_that_leaves_within_the_same_batch(open
     assert held(index, range(4)) == 4
 
 
+def test_shared_storage_learns_of_blocks_that_waited_for_their_parent(index):
+    shared = Source("SHARED_STORAGE")
+    index.register(shared, model=MODEL, fleet_wide=True)
+    index.register(Source("pod-b"), model=MODEL)
+    index.apply(shared, [stored([1, 2, 3], [], size=0, medium="shared_storage")])
+    index.apply(POD, [stored([3], range(8, 12), parent=2), stored([2], range(4, 8), parent=1)])
+    assert held(index, range(12), Source("pod-b")) == 0
+    index.apply(POD, [stored([1], range(4))])
+    assert held(index, range(12), Source("pod-b")) == 12
+    assert {status.source: status.degraded for status in index.sources()}[shared] == ""
+
+
 def test_two_hashes_of_one_content_need_two_removals(index):
     index.apply(POD, [stored([1], range(4)), stored([2], range(4)), removed(1)])
     assert held(index, range(4)) == 4

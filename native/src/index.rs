@@ -291,9 +291,9 @@ impl Index {
                         if event.bare_images && !self.bare_models.read().contains(&tracked.model) {
                             self.bare_models.write().insert(tracked.model.clone());
                         }
-                        ledger.store(event, &here);
+                        let released = ledger.store(event, &here);
                         if shared.iter().any(|other| other.wanting.load(Ordering::SeqCst)) {
-                            let known: Vec<(EngineHash, Known)> = (event.block_hashes.iter())
+                            let known: Vec<(EngineHash, Known)> = (event.block_hashes.iter().chain(&released))
                                 .filter_map(|name| Some((*name, ledger.find(*name, 0, self.secret)?)))
                                 .collect();
                             ledger.settle(&here);

@@ -330,10 +330,11 @@ impl Ledger {
         ""
     }
 
-    /// Applies a store event, and what waited for it.
-    pub fn store(&mut self, event: &Stored, at: &Here) {
+    /// Applies a store event, and what waited for it; gives the names of the latter.
+    pub fn store(&mut self, event: &Stored, at: &Here) -> Vec<EngineHash> {
+        let mut released = Vec::new();
         if !self.store_one(event, at) || !self.waiting.has_parked() {
-            return;
+            return released;
         }
         let mut names: Vec<(EngineHash, u32)> = names_of(event).collect();
         let mut stored = Vec::new();
@@ -346,11 +347,12 @@ impl Ledger {
                         self.remove_from(&place, &parked.removed, at);
                     }
                     if follow {
+                        released.extend_from_slice(&parked.event.block_hashes);
                         stored.push(parked.event);
                     }
                 }
             }
-            let Some(event) = stored.pop() else { return };
+            let Some(event) = stored.pop() else { return released };
             names.extend(names_of(&event));
         }
     }
