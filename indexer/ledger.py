@@ -106,7 +106,7 @@ class Ledger:
         return ""
 
     def store(self, event: BlockStored) -> tuple[list[Change], list[EngineHash]]:
-        """Apply a store event, and what waited for it; give the changes, and the names whose tokens may be known now."""
+        """Apply a store event, and what waited for it; give the changes, and the names whose tokens may be known."""
         changes: list[Change] = []
         told = list(event.block_hashes)
         if not self._store_one(event, changes) or not self.waiting.has_parked:
