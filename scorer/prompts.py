@@ -45,10 +45,10 @@ class RemoteTokenizer(Protocol):
     where he does not answer.
     """
 
-    def text(self, text: str, *, model: str, add_special_tokens: bool) -> list[int]:
+    def text(self, text: str, *, model: str, add_special_tokens: bool) -> Ids:
         """Give the token ids of a text."""
 
-    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> list[int]:
+    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> Ids:
         """Give the token ids of messages."""
 
 
