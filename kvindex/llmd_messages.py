@@ -1,4 +1,4 @@
-"""Chat messages as llm-d's tokenization service takes them.
+"""Chat messages as llm-d's tokenization service takes them, and the images that it finds there.
 
 Its messages have a role, a content and tool calls, and no place for all else that vLLM hands to templates.
 """
@@ -9,7 +9,10 @@ from typing import Any
 
 import msgspec
 
-from scorer import InvalidRequest
+from scorer import InvalidRequest, Unavailable
+
+MAX_ITEMS = 1024
+"""Images and the like in one prompt."""
 
 # by the type of a part that vLLM takes for text, where it is
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
@@ -33,6 +36,26 @@ def as_json(field: str, value: Any) -> str:  # noqa: ANN401  (what a client sent
         return msgspec.json.encode(value).decode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{field}: expected Unicode text and values that JSON has: {error}") from error
+
+
+def items_of(features: Any, length: int) -> list[tuple[str, int, int]]:  # noqa: ANN401  (a message)
+    """Give the images of a prompt of `length` tokens, in their order: (identifier, first token, number of tokens).
+
+    `features` is a `MultiModalFeatures`. Raises `Unavailable` for an answer that cannot be.
+    """
+    found: list[tuple[str, int, int]] = []
+    for kind in sorted({*features.mm_hashes, *features.mm_placeholders}):
+        names = features.mm_hashes[kind].values if kind in features.mm_hashes else []
+        ranges = features.mm_placeholders[kind].ranges if kind in features.mm_placeholders else []
+        if len(names) != len(ranges) or len(found) + len(names) > MAX_ITEMS:
+            raise Unavailable(
+                f"{len(names)} hashes for {len(ranges)} ranges of {short(kind)}: as many expected, at most {MAX_ITEMS}"
+            )
+        found += [(name, one.offset, one.length) for name, one in zip(names, ranges, strict=True)]
+    for name, first, count in found:
+        if not name or first < 0 or count < 1 or first + count > length:
+            raise Unavailable(f"{short(name)} is said to be {count} tokens from {first} on, of {length}")
+    return sorted(found, key=lambda item: item[1])
 
 
 def _message(message: Mapping[str, Any], at: str) -> dict[str, Any]:
@@ -64,10 +87,12 @@ def _part(part: Any, at: str) -> dict[str, Any] | None:  # noqa: ANN401
     if not isinstance(part, dict):
         raise InvalidRequest(f"{at}: expected text or an object, got {type(part).__name__}")
     kind = part.get("type")
+    if kind == "image_url":
+        return _image(part, at)
     if not isinstance(kind, str) or kind not in _TEXTS:
         raise InvalidRequest(
-            f"{at}: a part of type {short(kind)}; expected one of {', '.join(_TEXTS)}. How many tokens an image or "
-            "sound becomes is known to the engine: send token_ids and mm_items"
+            f"{at}: a part of type {short(kind)}; expected one of {', '.join(_TEXTS)}, image_url. How many tokens a "
+            "sound or the like becomes is known to the engine: send token_ids and mm_items"
         )
     text = part.get(_TEXTS[kind])
     if text is None and kind in ("text", "refusal"):
@@ -75,3 +100,14 @@ def _part(part: Any, at: str) -> dict[str, Any] | None:  # noqa: ANN401
     if not isinstance(text, str):
         raise InvalidRequest(f"{at}.{_TEXTS[kind]}: expected text, got {short(text)}")
     return {"type": "text", "text": text}
+
+
+def _image(part: dict[str, Any], at: str) -> dict[str, Any]:
+    said = part.get("image_url")
+    url = said.get("url") if isinstance(said, dict) else said
+    if not isinstance(url, str):
+        raise InvalidRequest(f"{at}.image_url.url: expected text, got {short(url)}")
+    if part.get("uuid") is not None:
+        # the engine names the image by it
+        raise InvalidRequest(f"{at}.uuid: {_REMEDY}, or send token_ids and mm_items")
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -7,7 +7,7 @@ without an engine, mostly as a sidecar on a unix socket. This module needs the p
 import threading
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 
@@ -15,9 +15,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from kvindex.errors import UserError
-from kvindex.llmd_messages import as_json, as_llmd
+from kvindex.llmd_messages import as_json, as_llmd, items_of
 from kvindex.rpc.schema import TOKENIZATION, Schema
-from scorer import ChatBody, InvalidRequest, ModelSettings, NoTokenizer, Tokenizers, Unavailable
+from scorer import ChatBody, InvalidRequest, ModelSettings, NoTokenizer, Rendered, Tokenizers, Unavailable
 
 MAX_MESSAGE_BYTES = 100 * 1024 * 1024
 """Of a question: what the service takes."""
@@ -94,13 +94,13 @@ class LlmdTokenizer:
         """Give the token ids of a text."""
         there, _ = self._settings(model)
         if add_special_tokens:
-            return self._ask("RenderCompletion", {"model_name": there, "prompt": text}, model)
+            return self._ids(self._ask("RenderCompletion", {"model_name": there, "prompt": text}, model).token_ids)
         # the other one cannot be told to leave them out; this one would leave them out by itself where a text has one
         asked = {"model_name": there, "input": text, "add_special_tokens": False}
-        return self._ask("Tokenize", asked, model)
+        return self._ids(self._ask("Tokenize", asked, model).input_ids)
 
-    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> _Ids:
-        """Give the token ids of messages."""
+    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> Rendered:
+        """Give the token ids of messages, and the images there by the names that engines have for them."""
         there, settings = self._settings(model)
         if add_special_tokens:
             raise InvalidRequest(f"add_special_tokens: {self._url} cannot be asked for them in chats; leave it out")
@@ -120,14 +120,19 @@ class LlmdTokenizer:
             # it has no fields for documents and reasoning effort
             "chat_template_kwargs": as_json("chat_template_kwargs", variables) if variables else None,
         }
-        return self._ask("RenderChatCompletion", asked, model)
+        answer = self._ask("RenderChatCompletion", asked, model)
+        ids = self._ids(answer.token_ids)
+        try:
+            return Rendered(ids, items_of(answer.features, len(ids)))
+        except Unavailable as error:
+            raise Unavailable(f"{self._url}: images: {error}") from error
 
     def _settings(self, model: str) -> tuple[str, ModelSettings]:
         base = self._tokenizers.resolve(model)[0]
         settings = self._models.get(base, ModelSettings())
         return settings.tokenizer or base, settings
 
-    def _ask(self, name: str, asked: dict[str, Any], model: str) -> _Ids:
+    def _ask(self, name: str, asked: dict[str, Any], model: str) -> Any:  # noqa: ANN401  (a message)
         until = time.monotonic() + self._timeout_s
         try:
             question = self._methods[name].request(**asked).SerializeToString()
@@ -138,13 +143,13 @@ class LlmdTokenizer:
         if new:
             self._load(model, there, until)
         try:
-            return self._tokens(name, question, model, until)
+            return self._answer(name, question, model, until)
         except _Failed:
             if new:
                 raise
         # it may have been started again since, and have forgotten the model
         self._load(model, there, until, again=True)
-        return self._tokens(name, question, model, until)
+        return self._answer(name, question, model, until)
 
     def _load(self, model: str, there: str, until: float, *, again: bool = False) -> None:
         """Have a model loaded. Raises `NoTokenizer` where the service cannot, `Unavailable` where it takes too long."""
@@ -168,9 +173,7 @@ class LlmdTokenizer:
         finally:
             self._loading.release()
 
-    def _tokens(self, name: str, question: bytes, model: str, until: float) -> _Ids:
-        answer = self._answer(name, question, model, until)
-        ids = answer.input_ids if name == "Tokenize" else answer.token_ids
+    def _ids(self, ids: Sequence[int]) -> _Ids:
         if len(ids) > MAX_IDS:
             raise Unavailable(f"{self._url}: an answer of {len(ids)} token ids, at most {MAX_IDS} are read")
         try:

@@ -125,7 +125,7 @@ class Service(grpc.GenericRpcHandler):
         for message in read[2]:
             said = texts(message, 3)
             assert said.keys() <= {1, 2, 3, 4}
-            content = [texts(part)[2] for part in said[3]]
+            content = [texts(part).get(2, "") for part in said[3]]
             made = {"role": said[1], "content": "\n".join(content) if content else said.get(2, "")}
             if 4 in said:
                 made["tool_calls"] = json.loads(said[4])
@@ -185,6 +185,7 @@ def far(service, address):
     made.close()
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "http://a/b.png", "detail": "low"}}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -292,7 +293,9 @@ def test_a_template_of_the_request_is_handed_on(service, far):
         ({"messages": [*USER, {"role": "user", "content": 5}]}, r"messages\[1\]\.content"),
         ({"messages": [{"role": "user", "content": [5]}]}, r"messages\[0\]\.content\[0\]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, r"content\[0\]\.text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url.*mm_items"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio.*mm_items"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, r"image_url\.url"),
+        ({"messages": [{"role": "user", "content": [IMAGE | {"uuid": "u"}]}]}, r"content\[0\]\.uuid.*mm_items"),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, r"messages\[0\]\.name.*remote_url"),
         ({"messages": [{"role": "assistant", "content": "a", "reasoning": "b"}]}, r"messages\[0\]\.reasoning"),
         ({"messages": [{"role": "developer", "content": "a", "tools": [TOOL]}]}, r"messages\[0\]\.tools"),
@@ -349,6 +352,65 @@ def test_each_failure_is_one_clear_error(service, address, fails, kind, says, mo
         service.fails = {}
         assert prompts.read({"model": "m", "prompt": "a"})
     far.close()
+
+
+def features(hashes, ranges):
+    """MultiModalFeatures: mm_hashes=1 {kind: {values=1}}, mm_placeholders=2 {kind: {ranges=1 {offset=1, length=2}}}."""
+    data = b""
+    for kind, names in hashes.items():
+        data += field(1, field(1, kind) + field(2, b"".join(field(1, name) for name in names)))
+    for kind, places in ranges.items():
+        made = (field(1, field(1, first) + field(2, count)) for first, count in places)
+        data += field(2, field(1, kind) + field(2, b"".join(made)))
+    return field(3, data)
+
+
+CHAT = "RenderChatCompletion"
+IDS = list(range(64))
+
+
+def test_images_are_those_that_the_service_finds(service, far):
+    found = features({"image": ["a", "b"], "audio": ["c"]}, {"image": [(40, 10), (1, 20)], "audio": [(21, 3)]})
+    service.fails = {CHAT: answered(IDS, 2, 4) + found}
+    content = [{"type": "text", "text": "look:"}, IMAGE, {"type": "image_url", "image_url": "data:x"}]
+    body = {"model": "m", "messages": [{"role": "user", "content": content}]}
+    with Prompts(remote=far) as prompts:
+        (made,) = prompts.read(body)
+        assert same(made, IDS, model="m", mm_items=[("b", 1, 20), ("c", 21, 3), ("a", 40, 10)])
+        assert not same(made, IDS, model="m")
+        # who sends items of his own means them
+        (own,) = prompts.read(body | {"mm_items": [("z", 0, 4)]})
+        assert same(own, IDS, model="m", mm_items=[("z", 0, 4)])
+        with pytest.raises(InvalidRequest, match="truncate_prompt_tokens: 5, but there are images"):
+            prompts.read(body | {"truncate_prompt_tokens": 5})
+        assert prompts.read(body | {"truncate_prompt_tokens": 64})
+    (message,) = service.asked[1][1][2]
+    said = [texts(part, 3) for part in texts(message, 3)[3]]
+    assert said == [
+        {1: "text", 2: "look:", 3: []},
+        {1: "image_url", 3: [field(1, "http://a/b.png")]},
+        {1: "image_url", 3: [field(1, "data:x")]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (features({"image": ["a", "b"]}, {"image": [(1, 2)]}), "2 hashes for 1 ranges"),
+        (features({"image": ["a"]}, {"audio": [(1, 2)]}), "0 hashes for 1 ranges of 'audio'"),
+        (features({"image": ["a"]}, {"image": [(60, 5)]}), "'a' is said to be 5 tokens from 60 on, of 64"),
+        (features({"image": ["a"]}, {"image": [(2**64 - 1, 5)]}), "'a' is said to be 5 tokens from -1 on"),
+        (features({"image": ["a"]}, {"image": [(1, 0)]}), "'a' is said to be 0 tokens"),
+        (features({"image": [""]}, {"image": [(1, 1)]}), "'' is said"),
+        (features({"image": ["a"] * 1_025}, {"image": [(1, 1)] * 1_025}), "at most 1024"),
+        (field(3, b"\x0a\xff"), "no RenderChatCompletionResponse"),
+    ],
+)
+def test_images_that_cannot_be_are_not_believed(service, far, address, found, says):
+    service.fails = {CHAT: answered(IDS, 2, 4) + found}
+    with Prompts(remote=far) as prompts, pytest.raises(Unavailable, match=says) as error:
+        prompts.read({"model": "m", "messages": USER})
+    assert address in str(error.value)
 
 
 def test_ids_at_the_edge_are_taken_and_fields_nobody_knows_passed_over(service, far):
