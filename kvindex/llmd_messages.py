@@ -39,7 +39,7 @@ def as_json(field: str, value: Any) -> str:  # noqa: ANN401  (what a client sent
 
 
 def items_of(features: Any, length: int) -> list[tuple[str, int, int]]:  # noqa: ANN401  (a message)
-    """Give the images of a prompt of `length` tokens, in their order: (identifier, first token, number of tokens).
+    """Give the images of a prompt of `length` tokens: (identifier, first token, number of tokens).
 
     `features` is a `MultiModalFeatures`. Raises `Unavailable` for an answer that cannot be.
     """
@@ -55,7 +55,7 @@ def items_of(features: Any, length: int) -> list[tuple[str, int, int]]:  # noqa:
     for name, first, count in found:
         if not name or first < 0 or count < 1 or first + count > length:
             raise Unavailable(f"{short(name)} is said to be {count} tokens from {first} on, of {length}")
-    return sorted(found, key=lambda item: item[1])
+    return found
 
 
 def _message(message: Mapping[str, Any], at: str) -> dict[str, Any]:
