@@ -446,11 +446,16 @@ class Zone(dnslib.server.BaseResolver):
     def __init__(self):
         self.records = {"A": [], "AAAA": []}
         self.rcode = "NOERROR"
-        self._servers = [dnslib.server.DNSServer(self, address="127.0.0.1", port=0, logger=_QUIET)]
-        self.port = self._servers[0].server.server_address[1]
-        self._servers.append(
-            dnslib.server.DNSServer(self, address="127.0.0.1", port=self.port, tcp=True, logger=_QUIET)
-        )
+        self._servers = []
+        while len(self._servers) < 2:  # the port of the one may be taken for the other
+            udp = dnslib.server.DNSServer(self, address="127.0.0.1", port=0, logger=_QUIET)
+            self.port = udp.server.server_address[1]
+            try:
+                tcp = dnslib.server.DNSServer(self, address="127.0.0.1", port=self.port, tcp=True, logger=_QUIET)
+            except OSError:
+                udp.server.server_close()
+            else:
+                self._servers = [udp, tcp]
         for server in self._servers:
             server.start_thread()
 

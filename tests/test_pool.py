@@ -164,8 +164,8 @@ def context():
 def wait_for(pool, count):
     reached = threading.Event()
     for _ in range(1000):
-        pool.drain()
         if pool.stats().get("received_total", 0) >= count:
+            pool.drain()
             return
         reached.wait(0.01)
     pytest.fail(f"{count} messages never came: {pool.stats()}")
