@@ -26,11 +26,12 @@ MAX_IDS = 8 * 1024 * 1024
 """Four for each character of the longest text that is tokenized by default."""
 MAX_MODELS = 1024
 """Models that are known to be loaded there."""
+MAX_NAME = 256
+"""Characters of a model's name that a request may have."""
 MAX_PATH_BYTES = 107
 """What a unix socket's address holds on Linux."""
 
 _OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # one that was started again is found within a second, not two minutes
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -129,8 +130,16 @@ class LlmdTokenizer:
 
     def _settings(self, model: str) -> tuple[str, ModelSettings]:
         base = self._tokenizers.resolve(model)[0]
-        settings = self._models.get(base, ModelSettings())
-        return settings.tokenizer or base, settings
+        settings = self._models.get(base)
+        if settings is not None:
+            return settings.tokenizer or base, settings
+        # it takes names for paths on its side, from whoever asks us
+        if len(base) > MAX_NAME or {"", ".", ".."} & set(base.split("/")):
+            raise NoTokenizer(
+                f"model {model[:MAX_NAME]!r}: {self._url} is asked for NAME or ORGANISATION/NAME, and for paths that "
+                "tokenizers.models names"
+            )
+        return base, ModelSettings()
 
     def _ask(self, name: str, asked: dict[str, Any], model: str) -> Any:  # noqa: ANN401  (a message)
         until = time.monotonic() + self._timeout_s
@@ -138,6 +147,8 @@ class LlmdTokenizer:
             question = self._methods[name].request(**asked).SerializeToString()
         except (TypeError, ValueError) as error:  # UnicodeEncodeError, and messages over 2 GiB
             raise InvalidRequest(f"prompt, messages or model: expected Unicode text: {error}") from error
+        if len(question) > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(f"prompt or messages: {len(question)} bytes, {self._url} takes {MAX_MESSAGE_BYTES}")
         there = asked["model_name"]
         new = there not in self._loaded
         if new:
@@ -213,7 +224,7 @@ class LlmdTokenizer:
             status.DEADLINE_EXCEEDED: f"nothing within {self._timeout_s:g} s (tokenizers.remote_timeout_s); "
             "the first question of a model waits until it is loaded",
             status.UNIMPLEMENTED: f"it has no such call: take one of llm-d-kv-cache from June 2026 on: {said}",
-            status.RESOURCE_EXHAUSTED: f"a question or an answer that is too long, or too many at once: {said}",
+            status.RESOURCE_EXHAUSTED: f"an answer that is too long, or too many questions: {said}",
             status.UNAVAILABLE: f"nobody answers, see whether it runs: {said}",
         }
         raise Unavailable(f"{place}: {remedy.get(code, f'{code.name}: {said}')}")

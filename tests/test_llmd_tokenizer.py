@@ -269,6 +269,31 @@ def test_the_service_is_asked_for_a_models_own_name(service, address, tmp_path):
     assert service.calls(INITIALIZE) == 2
 
 
+def test_paths_are_asked_for_only_where_the_configuration_names_them(service, address):
+    service.models = ("/srv/m",)
+    config = TokenizersConfig(remote_url=address, aliases={"served": "/srv/m"}, models={"/srv/m": ModelSettings()})
+    with ExitStack() as running:
+        prompts = open_prompts(config, running)
+        for model in ("served", "/srv/m"):
+            assert prompts.read({"model": model, "prompt": "one"})
+        service.asked.clear()
+        for model in ("/etc", "..", "./m", "a/../b", "s3://a/b", "a/", "", "x" * 10_000):
+            with pytest.raises(NoTokenizer, match=r"tokenizers\.models") as error:
+                prompts.read({"model": model, "prompt": "one"})
+            assert len(str(error.value)) < 700
+    assert service.asked == []
+
+
+def test_a_question_that_the_service_would_not_take_is_refused_here(service, far, monkeypatch):
+    monkeypatch.setattr(llmd_tokenizer, "MAX_MESSAGE_BYTES", 1_000)
+    with Prompts(remote=far) as prompts:
+        for body in ({"prompt": "a" * 1_000}, {"messages": [{"role": "user", "content": "a" * 1_000}]}):
+            with pytest.raises(InvalidRequest, match=r"prompt or messages: 10\d\d bytes, .* takes 1000"):
+                prompts.read({"model": "m"} | body)
+        assert prompts.read({"model": "m", "prompt": "a" * 900})
+    assert service.calls(RENDER) == 1
+
+
 def test_what_engines_were_told_and_the_service_cannot_be_is_said(address, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages }}")
