@@ -32,9 +32,9 @@ from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payload
 
 from indexer import Index, Source, keys, open_index, prompt
 from kvevents import Message
-from kvevents.apply import Applier
 from kvevents.message import Publisher
 from kvevents.queue import ShardQueue
+from kvevents.shard import Shard
 from scorer import PrefixScorer
 
 PODS, SHARE, SHORT, QUESTIONS = 64, 8, 280, 300
@@ -71,8 +71,8 @@ def messages_of(fleet: Fleet) -> list[Message]:
     return messages
 
 
-def applier_of(index: Index) -> Applier:
-    return Applier(index, model=MODEL, copies="count", log=structlog.get_logger())
+def shard_of(index: Index) -> Shard:
+    return Shard(index, model=MODEL, copies="count", log=structlog.get_logger())
 
 
 class Worker:
@@ -82,11 +82,11 @@ class Worker:
         self._queue = ShardQueue(len(messages) + 1, 1 << 40)
         for message in messages:
             self._queue.put(Publisher(message.pod or "", ""), message, wait=True)
-        self._applier = applier_of(index)
+        self._shard = shard_of(index)
 
     def work(self, enough: Callable[[], bool] = lambda: False) -> None:
         while (taken := self._queue.take(0)) and not enough():
-            self._applier.apply(*taken)
+            self._shard.apply(*taken)
             self._queue.done()
 
 
@@ -243,10 +243,10 @@ def memory_of(impl: str, pairs: int, share: int) -> float:
     fleet = make_fleet(pairs, pods=PODS, share=share)
     messages, index = messages_of(fleet), open_at(impl)
     Worker(open_at(impl), messages_of(make_fleet(CHAIN, pods=PODS, share=1))).work()  # what is set up at first use
-    applier = applier_of(index)
+    shard = shard_of(index)
     before = resident_bytes()
     for pod, sent in groupby(messages, lambda message: message.pod or ""):
-        applier.apply(Publisher(pod, ""), list(sent))
+        shard.apply(Publisher(pod, ""), list(sent))
     after = resident_bytes()
     assert index.stats()["held"] == fleet.pairs
     return (after - before) / fleet.pairs
