@@ -80,9 +80,11 @@ check: $(READY) ## lint, types and tests of every implementation: what CI runs
 bench: $(READY) ## measure the index
 	$(BIN)/python benchmarks/index.py $(ARGS)
 
-proto: $(READY) ## make the schema of the gRPC services from proto/
+proto: $(READY) ## make the schemas of the gRPC services from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --descriptor_set_out=kvindex/rpc/schema.binpb \
 	  indexer/v1/indexer.proto kvindex/v1/scorer.proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto --descriptor_set_out=kvindex/rpc/tokenization.binpb \
+	  tokenization/tokenizer.proto
 
 check-install: wheel ## install the wheel, and the source without Rust, in environments of their own
 	PYTHON=$(PYTHON) tests/check_install.sh

@@ -119,8 +119,10 @@ class TokenizersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     trust_templates: bool = False
     """Whether requests may bring a chat template of their own."""
     remote_url: str = ""
-    """A vLLM to ask (``/tokenize``) for models without a tokenizer here."""
+    """Who is asked for models without a tokenizer here: a vLLM (``http://...``, its ``/tokenize``), or llm-d's
+    tokenization service (``unix:///path``, ``grpc://host:port``), which needs the packages of the extra ``grpc``."""
     remote_api_key: str = ""
+    """For a vLLM."""
     remote_timeout_s: Annotated[float, Meta(gt=0, le=600)] = 10.0
 
 

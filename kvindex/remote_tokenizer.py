@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import httpx
 import msgspec
 
-from scorer import ChatBody, InvalidRequest, NoTokenizer, Unavailable
+from scorer import ChatBody, InvalidRequest, NoTokenizer, Rendered, Unavailable
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
@@ -35,7 +35,7 @@ class VllmTokenizer:
         """Give the token ids of a text."""
         return self._ask({"model": model, "prompt": text, "add_special_tokens": add_special_tokens})
 
-    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> list[int]:
+    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> Rendered:
         """Give the token ids of messages."""
         asked = {
             "model": model,
@@ -48,7 +48,7 @@ class VllmTokenizer:
             "chat_template_kwargs": chat.variables() or None,
             "add_special_tokens": add_special_tokens,
         }
-        return self._ask({name: value for name, value in asked.items() if value is not None})
+        return Rendered(self._ask({name: value for name, value in asked.items() if value is not None}))
 
     def _ask(self, question: dict[str, Any]) -> list[int]:
         try:

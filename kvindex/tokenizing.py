@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from kvindex.config import TokenizersConfig
 from kvindex.errors import UserError
 from kvindex.remote_tokenizer import VllmTokenizer
-from scorer import PrefixStats, PrefixStore, Prompts, Renderer, Tokenizers
+from scorer import PrefixStats, PrefixStore, Prompts, RemoteTokenizer, Renderer, Tokenizers
 
 
 def open_prompts(config: TokenizersConfig, running: contextlib.ExitStack) -> Prompts:
@@ -21,12 +21,10 @@ def open_prompts(config: TokenizersConfig, running: contextlib.ExitStack) -> Pro
     for name, model in config.models.items():
         if model.chat_template and not Path(model.chat_template).is_file():
             raise UserError(f"tokenizers.models.{name}.chat_template: {model.chat_template}: no such file")
-    remote = None
-    if config.remote_url:
-        remote = VllmTokenizer(config.remote_url, api_key=config.remote_api_key, timeout_s=config.remote_timeout_s)
-        running.callback(remote.close)
+    tokenizers = Tokenizers(config.folders, models=config.models, aliases=config.aliases, loras=config.loras)
+    remote = _open_remote(config, tokenizers, running) if config.remote_url else None
     prompts = Prompts(
-        Tokenizers(config.folders, models=config.models, aliases=config.aliases, loras=config.loras),
+        tokenizers,
         store=PrefixStore(config.store_bytes) if config.store_bytes else None,
         renderer=Renderer(workers=config.threads, max_seconds=config.template_timeout_s),
         remote=remote,
@@ -37,6 +35,26 @@ def open_prompts(config: TokenizersConfig, running: contextlib.ExitStack) -> Pro
     )
     running.callback(prompts.close)
     return prompts
+
+
+def _open_remote(config: TokenizersConfig, tokenizers: Tokenizers, running: contextlib.ExitStack) -> RemoteTokenizer:
+    """Take the kind of service that the URL's scheme says."""
+    url, timeout_s = config.remote_url, config.remote_timeout_s
+    if url.partition(":")[0] not in ("grpc", "unix", "grpc+unix"):
+        vllm = VllmTokenizer(url, api_key=config.remote_api_key, timeout_s=timeout_s)
+        running.callback(vllm.close)
+        return vllm
+    if config.remote_api_key:
+        raise UserError(f"tokenizers.remote_api_key: {url} takes none; leave it out")
+    try:
+        from kvindex.llmd_tokenizer import LlmdTokenizer
+    except ImportError as error:
+        raise UserError(
+            f"tokenizers.remote_url: {url}: {error}; install 'kv-cache-indexer[grpc]', or ask a vLLM (http://)"
+        ) from error
+    llmd = LlmdTokenizer(url, tokenizers=tokenizers, models=config.models, timeout_s=timeout_s)
+    running.callback(llmd.close)
+    return llmd
 
 
 class PromptMetrics(Collector):

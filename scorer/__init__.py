@@ -4,7 +4,7 @@ from scorer.errors import InvalidRequest, NoTokenizer, ScorerError, TemplateFail
 from scorer.matches import PodMatch, scores_of
 from scorer.observing import ERROR_BOUNDS, Heal, Observation, Outcome, Tally
 from scorer.prefix_store import PrefixStats, PrefixStore
-from scorer.prompts import Prompts, RemoteTokenizer, Timings
+from scorer.prompts import Prompts, RemoteTokenizer, Rendered, Timings
 from scorer.rendering import Renderer
 from scorer.requests import ChatBody
 from scorer.scorer import TIER_WEIGHTS, PrefixScorer
@@ -26,6 +26,7 @@ __all__ = [
     "PrefixStore",
     "Prompts",
     "RemoteTokenizer",
+    "Rendered",
     "Renderer",
     "ScorerError",
     "Tally",

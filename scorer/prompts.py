@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, ParamSpec, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeAlias, TypeVar
 
 import msgspec
 
@@ -38,6 +38,14 @@ class Timings(msgspec.Struct):
     """Block keys to what each pod holds."""
 
 
+class Rendered(NamedTuple):
+    """Messages as tokens."""
+
+    ids: Ids
+    mm_items: Sequence[tuple[str, int, int]] = ()
+    """(identifier, first token, number of tokens) of each image or the like that is among the messages."""
+
+
 class RemoteTokenizer(Protocol):
     """Somebody else who tokenizes, asked where there is no tokenizer here. May be called from many threads.
 
@@ -45,11 +53,11 @@ class RemoteTokenizer(Protocol):
     where he does not answer.
     """
 
-    def text(self, text: str, *, model: str, add_special_tokens: bool) -> list[int]:
+    def text(self, text: str, *, model: str, add_special_tokens: bool) -> Ids:
         """Give the token ids of a text."""
 
-    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> list[int]:
-        """Give the token ids of messages."""
+    def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> Rendered:
+        """Give the token ids of messages, and the images there."""
 
 
 class Prompts:
@@ -159,7 +167,8 @@ class Prompts:
             raise InvalidRequest(f"lora_name: {who.lora_name!r}, but model {who.model!r} is the adapter {adapter!r}")
         lora = who.lora_name if adapter is None else adapter
         if request.chat is not None:
-            return [_prompt(self._chat(request.chat, request, model, timings), model, lora, request)]
+            rendered = self._chat(request.chat, request, model, timings)
+            return [_prompt(rendered.ids, model, lora, request, rendered.mm_items)]
         self._check_length(sum(len(text) for text in request.prompts if isinstance(text, str)), request.field)
         found = [
             self._text(text, request, model, timings) if isinstance(text, str) else text for text in request.prompts
@@ -177,7 +186,7 @@ class Prompts:
         timings.tokenize += time.perf_counter() - begin
         return ids
 
-    def _chat(self, chat: ChatBody, request: Request, model: str, timings: Timings) -> Ids:
+    def _chat(self, chat: ChatBody, request: Request, model: str, timings: Timings) -> Rendered:
         if chat.chat_template is not None and not self._trust_templates:
             raise InvalidRequest("chat_template: requests may not bring their own here (tokenizers.trust_templates)")
         special = request.special(default=False)
@@ -204,7 +213,7 @@ class Prompts:
         except InvalidRequest as error:
             raise InvalidRequest(f"messages: as rendered: {error}") from error
         timings.tokenize += time.perf_counter() - rendered
-        return ids
+        return Rendered(ids)
 
     def _render(self, chat: ChatBody, template: str, loaded: LoadedModel) -> str:
         settings = loaded.settings
@@ -240,12 +249,20 @@ class Prompts:
             raise InvalidRequest(f"{field}: {length} characters, at most {self._max_chars} are tokenized")
 
 
-def _prompt(ids: Ids, model: str, lora_name: str | int | None, request: Request) -> Prompt:
+def _prompt(
+    ids: Ids,
+    model: str,
+    lora_name: str | int | None,
+    request: Request,
+    mm_items: Sequence[tuple[str, int, int]] = (),
+) -> Prompt:
     most = request.truncate_prompt_tokens
     if most is not None and 0 <= most < len(ids):
+        if mm_items:
+            raise InvalidRequest(f"truncate_prompt_tokens: {most}, but there are images among {len(ids)} tokens")
         ids = ids[:most] if request.truncation_side == "right" else ids[len(ids) - most :]
     who = request.identity
     try:
-        return Prompt(ids, model, lora_name=lora_name, cache_salt=who.cache_salt, mm_items=who.mm_items)
+        return Prompt(ids, model, lora_name=lora_name, cache_salt=who.cache_salt, mm_items=who.mm_items or mm_items)
     except InvalidQuestion as error:
         raise InvalidRequest(str(error).replace("token_ids", request.field, 1)) from error

@@ -34,7 +34,7 @@ from kvindex.errors import UserError
 from kvindex.fleet import Fleet
 from kvindex.rpc import serve_grpc
 from kvindex.rpc.calls import Calls
-from kvindex.rpc.schema import SCHEMA
+from kvindex.rpc.schema import SCHEMA, TOKENIZATION
 from kvindex.rpc.server import RpcServer, open_schema
 from kvindex.stats import Asked
 from scorer import InvalidRequest, PrefixScorer, Prompts, Tokenizers, Unavailable
@@ -620,9 +620,12 @@ def test_serve_answers_over_grpc_what_its_pods_hold():
 # ---- the schema
 
 
-def test_the_schema_is_what_the_proto_files_give(tmp_path):
-    files = sorted(str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto").rglob("*.proto"))
+@pytest.mark.parametrize(("kept", "folders"), [(SCHEMA, ["indexer", "kvindex"]), (TOKENIZATION, ["tokenization"])])
+def test_the_schema_is_what_the_proto_files_give(tmp_path, kept, folders):
+    proto = ROOT / "proto"
+    assert {path.name for path in proto.iterdir()} == {"indexer", "kvindex", "tokenization"}
+    files = sorted(str(path.relative_to(proto)) for folder in folders for path in (proto / folder).rglob("*.proto"))
     made = tmp_path / "schema"
-    assert protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--descriptor_set_out={made}", *files]) == 0
-    read = [descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()) for path in (made, SCHEMA)]
+    assert protoc.main(["protoc", f"-I{proto}", f"--descriptor_set_out={made}", *files]) == 0
+    read = [descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()) for path in (made, kept)]
     assert read[0] == read[1], "run `make proto`"

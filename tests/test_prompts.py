@@ -18,6 +18,7 @@ from scorer import (
     PrefixScorer,
     PrefixStore,
     Prompts,
+    Rendered,
     Renderer,
     TemplateFailed,
     Timings,
@@ -505,7 +506,7 @@ class Far:
 
     def chat(self, chat, *, model, add_special_tokens):
         self.asked.append((model, chat.messages, add_special_tokens))
-        return [4, 5]
+        return Rendered([4, 5])
 
 
 def test_a_remote_tokenizer_is_asked_where_there_is_none_here(folder, tmp_path):

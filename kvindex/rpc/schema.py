@@ -1,4 +1,4 @@
-"""The messages of both services, as `proto/` describes them.
+"""The messages of our services, and of the one of llm-d's that is asked, as `proto/` describes them.
 
 What is kept is not code that a generator wrote but the description that it reads (`make proto`): generated code must
 be made anew for every other major version of protobuf, a description never.
@@ -13,6 +13,9 @@ from google.protobuf.message import DecodeError
 from scorer import InvalidRequest
 
 SCHEMA = Path(__file__).with_name("schema.binpb")
+"""The services that are served."""
+TOKENIZATION = Path(__file__).with_name("tokenization.binpb")
+"""The one that is asked (`kvindex.llmd_tokenizer`)."""
 
 MessageType: TypeAlias = Any
 """A class of messages, made from its description when the program runs."""
@@ -30,12 +33,12 @@ class Method(NamedTuple):
 class Schema:
     """All calls by name, in a pool of their own, so that no other package's messages of the same names are in the way.
 
-    `more` are descriptions of services that others implement, for reflection to show.
+    `path` is the description. `more` are those of services that others implement, for reflection to show.
     """
 
-    def __init__(self, *more: bytes) -> None:
+    def __init__(self, path: Path, *more: bytes) -> None:
         self.pool = descriptor_pool.DescriptorPool()
-        files = descriptor_pb2.FileDescriptorSet.FromString(SCHEMA.read_bytes()).file
+        files = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
         for file in (*(one.SerializeToString() for one in files), *more):
             self.pool.AddSerializedFile(file)
         self.methods = {

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from indexer import IndexUnavailable
 from kvindex.errors import UserError
 from kvindex.rpc.calls import Call, Calls
-from kvindex.rpc.schema import Schema
+from kvindex.rpc.schema import SCHEMA, Schema
 from scorer import NoTokenizer, ScorerError, Unavailable
 
 _MOST_CALLS = 1_024
@@ -35,7 +35,7 @@ _OPTIONS = (
 
 def open_schema() -> Schema:
     """Give the messages of all services that `RpcServer` has."""
-    return Schema(health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb)
+    return Schema(SCHEMA, health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb)
 
 
 class RpcServer:
