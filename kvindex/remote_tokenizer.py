@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import httpx
 import msgspec
 
-from scorer import ChatBody, InvalidRequest, NoTokenizer, Rendered, Unavailable
+from scorer import ChatBody, InvalidRequest, NoTokenizer, Rendered, Unavailable, normalised
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
@@ -36,7 +36,8 @@ class VllmTokenizer:
         return self._ask({"model": model, "prompt": text, "add_special_tokens": add_special_tokens})
 
     def chat(self, chat: ChatBody, *, model: str, add_special_tokens: bool) -> Rendered:
-        """Give the token ids of messages."""
+        """Give the token ids of messages. Raises `InvalidRequest` for images: an answer does not say where they lie."""
+        normalised(chat.messages, parts=True)
         asked = {
             "model": model,
             "messages": chat.messages,

@@ -40,7 +40,10 @@ def open_prompts(config: TokenizersConfig, running: contextlib.ExitStack) -> Pro
 def _open_remote(config: TokenizersConfig, tokenizers: Tokenizers, running: contextlib.ExitStack) -> RemoteTokenizer:
     """Take the kind of service that the URL's scheme says."""
     url, timeout_s = config.remote_url, config.remote_timeout_s
-    if url.partition(":")[0] not in ("grpc", "unix", "grpc+unix"):
+    scheme = url.partition(":")[0]
+    if scheme not in ("http", "https", "grpc", "unix", "grpc+unix"):
+        raise UserError(f"tokenizers.remote_url: {url}: expected http://, https://, grpc:// or unix:///")
+    if scheme in ("http", "https"):
         vllm = VllmTokenizer(url, api_key=config.remote_api_key, timeout_s=timeout_s)
         running.callback(vllm.close)
         return vllm

@@ -2,6 +2,7 @@
 
 from scorer.errors import InvalidRequest, NoTokenizer, ScorerError, TemplateFailed, Unavailable
 from scorer.matches import PodMatch, scores_of
+from scorer.messages import normalised
 from scorer.observing import ERROR_BOUNDS, Heal, Observation, Outcome, Tally
 from scorer.prefix_store import PrefixStats, PrefixStore
 from scorer.prompts import Prompts, RemoteTokenizer, Rendered, Timings
@@ -34,5 +35,6 @@ __all__ = [
     "Timings",
     "Tokenizers",
     "Unavailable",
+    "normalised",
     "scores_of",
 ]

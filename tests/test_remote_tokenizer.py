@@ -1,5 +1,6 @@
 """A tokenizer that is a running vLLM: a server with its `/tokenize` route, and every way in which it may fail."""
 
+import contextlib
 import http.server
 import json
 import re
@@ -9,7 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from kvindex import remote_tokenizer
+from kvindex.config import TokenizersConfig
+from kvindex.errors import UserError
 from kvindex.remote_tokenizer import VllmTokenizer
+from kvindex.tokenizing import open_prompts
 from scorer import InvalidRequest, NoTokenizer, Prompts, Tokenizers, Unavailable
 
 from .models import make_folder
@@ -151,3 +155,15 @@ def test_the_server_is_not_asked_for_what_is_here(server, far, tmp_path):
         (made,) = prompts.read({"model": "m", "prompt": "one"})
         assert same(made, tokenizer_named("llama3").encode("one").ids)
     assert server.asked == []
+
+
+def test_images_are_refused_as_nobody_would_know_where_they_lie(server, far):
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example/cat.png"}}]}
+    with Prompts(remote=far) as prompts, pytest.raises(InvalidRequest, match=r"messages\[0\].*image_url"):
+        prompts.read({"model": "m", "messages": [image]})
+    assert not server.asked
+
+
+def test_a_scheme_that_nobody_speaks_is_refused_at_the_start():
+    with contextlib.ExitStack() as running, pytest.raises(UserError, match=r"remote_url: grpcs://"):
+        open_prompts(TokenizersConfig(remote_url="grpcs://127.0.0.1:1"), running)
