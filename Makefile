@@ -11,7 +11,7 @@ CARGO := cargo --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python coverage test-rust fuzz lint lint-rust types check check-install bench proto wheel lock clean
+.PHONY: help setup demo test test-python coverage test-rust fuzz lint lint-rust types check check-install bench proto reference wheel lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench: $(READY) ## measure the index
 proto: $(READY) ## make the schema of the gRPC services from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --descriptor_set_out=kvindex/rpc/schema.binpb \
 	  indexer/v1/indexer.proto kvindex/v1/scorer.proto
+
+reference: $(READY) ## make docs/configuration.md from the schema
+	$(BIN)/kvindex config --reference > docs/configuration.md
 
 check-install: wheel ## install the wheel, and the source without Rust, in environments of their own
 	PYTHON=$(PYTHON) tests/check_install.sh

@@ -286,6 +286,21 @@ def serve(
     raise typer.Exit(run_serve(loaded))
 
 
+@app.command(name="config", epilog="Example: kvindex config --example > kvindex.toml")
+def config_(
+    file: Annotated[Path | None, typer.Argument(envvar="KVINDEX_CONFIG", help="A TOML or YAML file.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a file with every key and its default.")] = False,  # noqa: FBT002
+    reference: Annotated[bool, typer.Option("--reference", help="Print docs/configuration.md.")] = False,  # noqa: FBT002
+) -> None:
+    """Check a file and the environment, and print what serve would run with, without secrets."""
+    from kvindex import reference as schema
+
+    if example or reference:
+        print(schema.example() if example else schema.markdown(), end="")
+    else:
+        print(schema.effective(configuration.load(file, os.environ)), end="")
+
+
 def main() -> None:
     """Run the program. What a person did wrong is one line and exit status 2."""
     try:
