@@ -99,8 +99,8 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     """Ask only for blocks of so many tokens; none: of every size that events have."""
     tier_weights: dict[str, Annotated[float, Meta(ge=0, le=1_000_000)]] = {}
-    """What a block is worth by tier (``gpu``, ``cpu``, ``disk``, ``shared``: 1.0, 0.8, 0.5, 0.3 where nothing is said) or
-    by the engine's own word for a medium."""
+    """What a block is worth by tier (``gpu``, ``cpu``, ``disk``, ``shared``: 1.0, 0.8, 0.5, 0.3 where nothing is said)
+    or by the engine's own word for a medium."""
     routed_ttl_s: Annotated[float, Meta(gt=0, le=3_600)] = 5.0
     """How long what was said at `/v1/routed` is reported."""
     observe_heal: bool = False

@@ -1,4 +1,4 @@
-"""What can be configured, read from the schema itself: a page of documentation, an example file, and what is in effect."""
+"""What can be configured, read from the schema itself: a page for the docs, an example file, and what is in effect."""
 
 import ast
 import inspect
@@ -231,9 +231,9 @@ _INTRODUCTION = """\
 
 <!-- made by `kvindex config --reference`: change the docstrings in kvindex/config.py, then `make reference` -->
 
-`kvindex serve --config FILE` (or `KVINDEX_CONFIG`) reads one TOML or YAML file. Every key is an environment variable too,
-which wins over the file; options of the command win over both. Keys that there are not and values that cannot be used are
-refused at the start, with the key's path and what was expected.
+`kvindex serve --config FILE` (or `KVINDEX_CONFIG`) reads one TOML or YAML file. Every key is an environment variable
+too, which wins over the file; options of the command win over both. Keys that there are not and values that cannot be
+used are refused at the start, with the key's path and what was expected.
 
 ```console
 $ kvindex config --example > kvindex.toml    # every key with its default, commented out
@@ -244,5 +244,5 @@ index:
 ...
 ```
 
-`kvindex config` says in one line what is wrong, with exit status 2, so that it can stand before a roll-out. Secrets are not
-shown."""
+`kvindex config` says in one line what is wrong, with exit status 2, so that it can stand before a roll-out. Secrets are
+not shown."""
