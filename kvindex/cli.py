@@ -71,6 +71,9 @@ def fleet(
     ] = [],  # noqa: B006
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between checkpoints.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    question: Annotated[
+        Path | None, typer.Option(help="Keep a question about a prompt of late in this file, a body for /v1/score.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the endpoints as KVINDEX_PODS takes them.")] = False,  # noqa: FBT002
 ) -> None:
     """Run simulated pods that publish real events."""
@@ -97,6 +100,7 @@ def fleet(
             every=every,
             seed=seed,
             as_json=json,
+            question=question,
         )
     )
 
