@@ -415,17 +415,23 @@ class Reader:
         self.ran += 1
         if self._stays(name, words):
             self._start(name, text, command)
-        elif words[0] == "curl":  # what has just been started may have nothing to say yet: a person asks again
-            deadline = time.monotonic() + AGAIN_S
-            while True:
-                try:
-                    return self._run(name, text, command)
-                except Wrong:
-                    if time.monotonic() > deadline:
-                        raise
-                time.sleep(0.1)
+        elif words[0] == "curl":
+            self._ask(text, command)
         else:
             self._run(name, text, command)
+
+    def _ask(self, text: str, command: Command) -> None:
+        """Ask again where the answer is not what it should be: what has just been started may have nothing to say yet."""
+        deadline = time.monotonic() + AGAIN_S
+        while True:
+            try:
+                self._run("", text, command)
+            except Wrong:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            time.sleep(0.1)
 
     def _tuned(self, name: str, words: list[str], text: str) -> str:
         """Give a command with this world's addresses, and no longer than it has to take."""
