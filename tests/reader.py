@@ -213,14 +213,16 @@ class World:
             text = text.replace(f"tcp://{host}:5557", entry["endpoint"])
             text = re.sub(rf"tcp://{re.escape(host)}:(5558|5657)\b", entry["replay"], text)
             text = text.replace(f"http://{host}:8000", f"http://{self.engine}")
-        text = text.replace("redis://redis:6379/0", self.redis_url)
+        text = text.replace("redis://redis:6379/0", self.redis_url).replace(
+            "http://llm-d:8080", f"http://{self.engine}"
+        )
         text = re.sub(r"(?<![\w./-])/models\b", str(self.models), text)
         text = text.replace("/root/.cache/huggingface/hub", str(self.models))
         return text.replace("/var/lib/kvindex", str(self.folder))
 
 
 class _Engine(http.server.BaseHTTPRequestHandler):
-    """Says what a vLLM would."""
+    """Says what a vLLM would, and an indexer that knows nothing."""
 
     def do_GET(self) -> None:
         says = {"data": [{"id": MODEL}]}
@@ -228,6 +230,9 @@ class _Engine(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/score_completions":
+            self._answer("{}")
+            return
         self._answer(json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}))
 
     def _answer(self, text: str) -> None:
@@ -421,7 +426,7 @@ class Reader:
             self._run(name, text, command)
 
     def _ask(self, text: str, command: Command) -> None:
-        """Ask again where the answer is not what it should be: what has just been started may have nothing to say yet."""
+        """Ask again where the answer is wrong: what has just been started may have nothing to say yet."""
         deadline = time.monotonic() + AGAIN_S
         while True:
             try:

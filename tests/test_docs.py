@@ -142,7 +142,8 @@ def test_broken_links_are_noticed(tmp_path):
 def test_commands_are_taken_apart(tmp_path):
     page = tmp_path / "a.md"
     page.write_text(
-        "```console\n$ a \\\n    b\nout\n$ export X='[1,\n  2]'   # don't\n$ cat <<END\nx\nEND\n$ Y=1 c 'd e' | f\n```\n"
+        "```console\n$ a \\\n    b\nout\n$ export X='[1,\n  2]'   # don't\n"
+        "$ cat <<END\nx\nEND\n$ Y=1 c 'd e' | f\n```\n"
     )
     (block,) = read_page(page).blocks
     commands = commands_of(block)
