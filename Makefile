@@ -7,7 +7,9 @@ PACKAGES := $(VENV)/packages
 READY := $(VENV)/ready
 CRATE := native/Cargo.toml native/Cargo.lock $(shell find native/src -name '*.rs')
 CARGO := cargo --quiet
-# `make demo ARGS="--seed 7"` passes options on
+# much of what tests do is to wait for sockets and processes: so several at a time
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# `make demo ARGS="--rate 20"` passes options on
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -32,15 +34,15 @@ $(READY): $(PACKAGES) pyproject.toml setup.py $(CRATE)
 	@$(BIN)/python -c 'import indexer; print("The index runs in", {"native": "Rust", "python": "plain Python"}[indexer.implementation])'
 	@touch $@
 
-demo: $(READY) ## watch simulated pods being indexed and scored
-	@$(BIN)/kvindex demo $(ARGS)
+demo: $(READY) ## route requests over simulated servers by what they have cached, against round robin and random
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The index in Redis is the same with the core and without; `make test` asks it.
 test-python: $(READY) ## run them as if there were no compiled core
-	KVINDEX_IMPL=python $(BIN)/python -m pytest --ignore-glob='*/test_redis*' -k 'not redis_server and not redis_cluster' $(ARGS)
+	KVINDEX_IMPL=python $(PYTEST) --ignore-glob='*/test_redis*' -k 'not redis_server and not redis_cluster' $(ARGS)
 
 coverage: $(READY) ## see that the tests of replay and restarts take every branch of its decisions
 	$(BIN)/coverage run --data-file=build/.coverage --branch --include=kvevents/recovery.py -m pytest -q tests/test_recovery.py

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from indexer import BlockRemoved, BlockStored, Index, Source
-from kvindex.engine import EngineEvent, Removed, SimulatedEngine, Stored
+from kvindex.engine import EngineEvent, Removed, Request, SimulatedEngine, Stored
 from scorer import Observation, PrefixScorer
 
 MODEL = "sim/model"
@@ -18,6 +18,17 @@ class Losses(NamedTuple):
 
     removals: float = 0.0
     stores: float = 0.0
+
+
+class Traffic(NamedTuple):
+    """How a pod is used."""
+
+    unseen: float = 0.0
+    """The share of requests that others send it, which the scorer does not hear of."""
+    generated: int = 0
+    """Tokens of an answer, about."""
+    at_once: int = 1
+    """Requests that run at the same time and end in any order."""
 
 
 class DriftingPod:
@@ -38,6 +49,27 @@ class DriftingPod:
         ran = self.engine.run(prompt)
         self.hear(ran.events)
         return scorer.observe(self.source.pod, prompt, model=MODEL, cached_tokens=ran.cached_tokens)
+
+    def serve(
+        self, scorer: PrefixScorer, prompts: Iterator[list[int]], traffic: Traffic, *, seed: int
+    ) -> Iterator[Observation]:
+        """Send prompts here without end, and give what is observed of those that the scorer hears of."""
+        rng = random.Random(seed)
+        running: list[tuple[bool, list[int], Request]] = []
+        while True:
+            prompt, seen = next(prompts), rng.random() >= traffic.unseen
+            if seen:
+                scorer.routed(self.source.pod, prompt, model=MODEL)
+            request = self.engine.begin(prompt)
+            self.hear(request.events)
+            request.events.clear()
+            running.append((seen, prompt, request))
+            if len(running) == traffic.at_once:
+                seen, prompt, request = running.pop(rng.randrange(len(running)))
+                answer = rng.choices(range(50_000), k=rng.randrange(2 * traffic.generated)) if traffic.generated else ()
+                self.hear(self.engine.finish(request, answer))
+                if seen:
+                    yield scorer.observe(self.source.pod, prompt, model=MODEL, cached_tokens=request.cached_tokens)
 
     def hear(self, events: Sequence[EngineEvent]) -> None:
         """Apply what is not lost."""

@@ -209,6 +209,12 @@ class Index(Protocol):
         Raises `InvalidQuestion` when the source is not registered.
         """
 
+    def surplus(self, source: Source, keys: Collection[int]) -> int:
+        """Give how many more physical copies than one of each of these blocks are counted on ``gpu``.
+
+        What `recount` would take. 0 where it would do nothing, and where this process does not follow the source.
+        """
+
     def expire(self) -> None:
         """Drop blocks that outlived `Limits.silent_tier_ttl_s`."""
 

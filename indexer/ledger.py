@@ -239,16 +239,25 @@ class Ledger:
 
     def recount(self, keys: Collection[int]) -> list[Change] | None:
         """Count one copy of each of these blocks where more were counted; see `Index.recount`."""
-        if len(self.groups) > 1 or any(spec.tail is not None for spec in self.groups.values()):
+        if self._groups_decide():
             return None
         changes: list[Change] = []
-        for slot in self.slots.values():
-            if slot.tier == "gpu":
-                for name in [name for name in slot.copies if slot.held[name] in keys]:
-                    extra = slot.copies.pop(name) - 1
-                    self._counters["recounted_total"] += extra
-                    changes.append(Change(slot, [name], [], held=False))
+        for slot, name in self._copied(keys):
+            self._counters["recounted_total"] += slot.copies.pop(name) - 1
+            changes.append(Change(slot, [name], [], held=False))
         return changes
+
+    def surplus(self, keys: Collection[int]) -> int:
+        """Give how many copies `recount` would take."""
+        return 0 if self._groups_decide() else sum(slot.copies[name] - 1 for slot, name in self._copied(keys))
+
+    def _groups_decide(self) -> bool:
+        return len(self.groups) > 1 or any(spec.tail is not None for spec in self.groups.values())
+
+    def _copied(self, keys: Collection[int]) -> list[tuple[Slot, EngineHash]]:
+        """Give the names of these blocks of which more than one copy is counted on the first tier."""
+        first = [slot for slot in self.slots.values() if slot.tier == "gpu"]
+        return [(slot, name) for slot in first for name in slot.copies if slot.held[name] in keys]
 
     def _drop(self, slot: Slot, name: EngineHash, changes: list[Change]) -> None:
         key = slot.held.pop(name)

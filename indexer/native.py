@@ -65,6 +65,10 @@ class NativeIndex:
         _require(source, found=done is not None)
         return bool(done)
 
+    def surplus(self, source: Source, keys: Collection[int]) -> int:
+        """Count the copies that `recount` would take, see `Index.surplus`."""
+        return self._index.surplus(source, list(keys))
+
     def expire(self) -> None:
         """Drop blocks that outlived their time, see `Index.expire`."""
         self._index.expire()

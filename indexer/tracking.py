@@ -178,6 +178,12 @@ class TrackingIndex(ABC):
                 self._applied(tracked)
         return changes is not None
 
+    def surplus(self, source: Source, keys: Collection[int]) -> int:
+        """Count the copies that `recount` would take, see `Index.surplus`."""
+        with self._lock:
+            tracked = self._tracked.get(source)
+            return 0 if tracked is None else tracked.ledger.surplus(frozenset(keys))
+
     def expire(self) -> None:
         """Drop blocks that outlived their time, see `Index.expire`."""
         before = time.monotonic() - self._limits.silent_tier_ttl_s

@@ -8,7 +8,7 @@ from kvevents.errors import DecodeError, DiscoveryError, KVEventsError, PodTaken
 from kvevents.listening import Heard, LinkChange, Listener, ReplayAnswer, ask_replay
 from kvevents.message import Message, parse_topic
 from kvevents.pool import EventPool
-from kvevents.recording import Recorder, RecordingError, pods_of
+from kvevents.recording import Recorder, RecordingError
 from kvevents.wire import Batch, decode_batch, decode_batches
 
 __all__ = [
@@ -37,6 +37,5 @@ __all__ = [
     "decode_batches",
     "discovery",
     "parse_topic",
-    "pods_of",
     "recognise_hashes",
 ]

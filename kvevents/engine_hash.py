@@ -23,6 +23,7 @@ DEFAULT_SEEDS = ("0", "42")
 """What `PYTHONHASHSEED` is set to in the guides of vLLM, LMCache and llm-d."""
 
 _MAX_EVENTS = 64
+_MAX_TOKENS = 65_536
 _MAX_OTHER_SIZE = 1024
 _OTHER_SIZES = tuple(2**power for power in range(11))
 
@@ -95,9 +96,15 @@ def recompute(algorithm: str, seed: str, tokens: Sequence[int], block_size: int)
 def recognise_hashes(events: Iterable[BlockStored], seeds: Sequence[str] = DEFAULT_SEEDS) -> HashFindings:
     """Find the algorithm and seed that give the hashes of some events.
 
-    At most 64 events are looked at. A scheme that is not found is no error: the seed may be random or another one.
+    At most 64 events with 65,536 tokens in all are looked at. A scheme that is not found is no error: the seed may be
+    random or another one.
     """
-    usable = [event for event in events if _is_plain_root(event)][:_MAX_EVENTS]
+    usable: list[BlockStored] = []
+    left = _MAX_TOKENS
+    for event in events:
+        if len(usable) < _MAX_EVENTS and len(event.token_ids) <= left and _is_plain_root(event):
+            usable.append(event)
+            left -= len(event.token_ids)
     if not usable:
         return HashFindings()
     best = HashFindings(checked=len(usable), said_block_size=usable[0].block_size)

@@ -8,10 +8,13 @@ from typing import Literal, NamedTuple, Self, TypeAlias
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from kvevents.endpoints import check_endpoint
 from kvevents.errors import SubscriptionError
+from kvevents.subscriber import MAX_MESSAGE_BYTES, new_context
 
 _BURST = 512
 _RECEIVE_MESSAGES = 10_000
+_KEEP_BYTES = 256 * 1024 * 1024
 
 LinkEvent: TypeAlias = Literal["refused", "reached", "agreed", "mismatched", "lost"]
 """A connection was refused, was made, speaks ZMQ with a publisher, speaks something else, ended."""
@@ -51,7 +54,9 @@ class Listener:
     """
 
     def __init__(self, endpoints: Sequence[str], *, topic: str = "") -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        for endpoint in endpoints:
+            check_endpoint(endpoint)
+        self._context = new_context()
         self._poller = zmq.Poller()
         self._sockets: dict[zmq.Socket[bytes], tuple[str, bool]] = {}
         """Each socket's endpoint, and whether it is a monitor."""
@@ -97,6 +102,7 @@ class Listener:
         socket.linger = 0
         socket.rcvhwm = _RECEIVE_MESSAGES
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         monitor = socket.get_monitor_socket()
         for one, is_monitor in ((socket, False), (monitor, True)):
             self._sockets[one] = endpoint, is_monitor
@@ -109,7 +115,7 @@ class ReplayAnswer(NamedTuple):
     """What a replay socket answered."""
 
     messages: list[tuple[int, bytes]]
-    """Numbers and payloads, at most as many as were wanted."""
+    """Numbers and payloads, the first of them, as many as were wanted."""
     received: int
     """How many came."""
     first: int | None
@@ -118,20 +124,28 @@ class ReplayAnswer(NamedTuple):
     """Whether its end came, in time."""
     is_reached: bool
     """Whether something was connected to at all."""
+    topic: bytes | None = None
+    """The topic of the last message; None where the answer names none, as vLLM's up to 0.25 do."""
 
 
-def ask_replay(endpoint: str, start: int = 0, *, timeout: float = 3.0, keep: int = 10_000) -> ReplayAnswer:
+def ask_replay(
+    endpoint: str, start: int = 0, *, timeout: float = 3.0, keep: int = 10_000, keep_bytes: int = _KEEP_BYTES
+) -> ReplayAnswer:
     """Ask a publisher's replay socket for all it has from a number on, and wait for the end of the answer.
 
-    `timeout` is how long it may say nothing, in seconds; ten times that is as long as all of it may take. Raises
-    `SubscriptionError` for an endpoint that cannot be used.
+    `timeout` is how long it may say nothing, in seconds; ten times that is as long as all of it may take. At most
+    `keep` messages with `keep_bytes` of payload are kept. Raises `SubscriptionError` for an endpoint that cannot be
+    used.
     """
+    check_endpoint(endpoint)
     messages: list[tuple[int, bytes]] = []
     count, first, last = 0, None, None
     is_reached = False
+    topic: bytes | None = None
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         with socket.get_monitor_socket() as monitor:
             try:
                 socket.connect(endpoint)
@@ -151,10 +165,13 @@ def ask_replay(endpoint: str, start: int = 0, *, timeout: float = 3.0, keep: int
                 is_complete = not frames[-1]
                 if not is_complete:
                     seq = int.from_bytes(frames[-2], "big")
+                    topic = frames[-3] if len(frames) > 3 else None
                     first, last, count = seq if first is None else first, seq, count + 1
-                    if len(messages) < keep:
+                    # the first that is too much is the last: what is kept has no holes
+                    keep_bytes -= len(frames[-1])
+                    if len(messages) < keep and keep_bytes >= 0:
                         messages.append((seq, frames[-1]))
             while monitor.poll(0):
                 is_reached |= recv_monitor_message(monitor)["event"] == zmq.EVENT_CONNECTED
             socket.disable_monitor()
-    return ReplayAnswer(messages, count, first, last, is_complete, is_reached)
+    return ReplayAnswer(messages, count, first, last, is_complete, is_reached, topic)

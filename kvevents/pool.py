@@ -13,11 +13,13 @@ import structlog
 
 from indexer import Copies, Index, InvalidQuestion, Source, snapshots
 from kvevents import position
-from kvevents.apply import Applier, LastHeard, OnGap
+from kvevents.apply import OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
+from kvevents.hearing import LastHeard
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.queue import ShardQueue
+from kvevents.shard import Shard
 from kvevents.subscriber import Receiver, Subscription
 from kvevents.trust import NO_EVENTS_YET
 
@@ -84,8 +86,8 @@ class EventPool:
         self._copies: Copies = copies
         self._log = structlog.get_logger("kvevents")
         self._queues = [ShardQueue(queue_messages // workers, queue_bytes // workers) for _ in range(workers)]
-        self._appliers = [
-            Applier(index, model=model, copies=copies, log=self._log, on_gap=on_gap, ask=self._ask)
+        self._shards = [
+            Shard(index, model=model, copies=copies, log=self._log, on_gap=on_gap, ask=self._ask)
             for _ in range(workers)
         ]
         self._locks = [threading.Lock() for _ in range(workers)]
@@ -173,7 +175,7 @@ class EventPool:
             endpoints.add(endpoint)
         number = self._shard(pod)
         with self._locks[number]:
-            self._appliers[number].follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
+            self._shards[number].follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
         try:
             self._open().add(
                 Subscription(endpoint, pod=pod, model=model, topic=topic, copies=copies or "", replay=replay)
@@ -214,7 +216,7 @@ class EventPool:
         number = self._shard(pod)
         self._queues[number].discard(pod)
         with self._locks[number]:
-            self._appliers[number].forget(pod, keep=keep)
+            self._shards[number].forget(pod, keep=keep)
 
     def recount(self, source: Source, keys: Collection[int]) -> bool:
         """Count one copy of each of these blocks of a source, between its events, see `Index.recount`.
@@ -247,7 +249,7 @@ class EventPool:
         for pod, sources in by_pod.items():
             number = self._shard(pod)
             with self._locks[number]:
-                part = _part_of(pod, sources, self._appliers[number], index, models)
+                part = _part_of(pod, sources, self._shards[number], index, models)
             yield part
 
     def load(self, parts: Iterable[snapshots.Part]) -> int:
@@ -267,10 +269,10 @@ class EventPool:
         try:
             for part in parts:
                 known = _load_part(part, index)
-                self._appliers[self._shard(known.pod)].restore(known)
+                self._shards[self._shard(known.pod)].restore(known)
         except BaseException:
             for pod in {source.pod for source in index.followed()}:
-                self._appliers[self._shard(pod)].forget(pod, keep=False)
+                self._shards[self._shard(pod)].forget(pod, keep=False)
             raise
         index.settle()
         return len(index.followed())
@@ -299,7 +301,7 @@ class EventPool:
             for queue, mark in zip(self._queues, marks, strict=True):
                 if not queue.join(mark, max(0.0, deadline - time.monotonic())):
                     raise TimeoutError(f"{queue.messages} messages still wait after {timeout} s")
-            if not any(applier.is_recovering for applier in self._appliers):
+            if not any(shard.is_recovering for shard in self._shards):
                 return
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"messages that were asked for again have not come after {timeout} s")
@@ -308,12 +310,12 @@ class EventPool:
     def stats(self) -> dict[str, int]:
         """Give all counters and gauges of the pool. Names that end in ``_total`` are counters."""
         totals: Counter[str] = Counter(received_total=self._submitted, worker_errors_total=self._errors)
-        for counters in [applier.counters for applier in self._appliers]:
+        for counters in [shard.applier.counters for shard in self._shards]:
             totals.update(dict(counters))
         if self._receiver is not None:
             totals.update(dict(self._receiver.counters))
             totals.update(self._receiver.replay_counters())
-        totals["dropped_held_total"] = sum(applier.dropped_held for applier in self._appliers)
+        totals["dropped_held_total"] = sum(shard.dropped_held for shard in self._shards)
         totals["dropped_queue_full_total"] = sum(queue.dropped for queue in self._queues)
         totals["queue_depth"] = sum(queue.messages for queue in self._queues)
         totals["queue_bytes"] = sum(queue.bytes for queue in self._queues)
@@ -323,22 +325,26 @@ class EventPool:
 
     def sequences(self) -> dict[Source, int]:
         """Give the sequence number applied last, for each source."""
-        return {source: seq for applier in self._appliers for source, seq in list(applier.sequences.items())}
+        return {source: seq for shard in self._shards for source, seq in list(shard.applier.sequences.items())}
 
     def heard(self) -> dict[Source, LastHeard]:
         """Say for each source when it was heard last, and how often."""
-        return {source: last for applier in self._appliers for source, last in list(applier.heard.items())}
+        return {source: last for shard in self._shards for source, last in shard.applier.heard().items()}
 
     def connected(self) -> dict[str, bool]:
         """Say for each subscribed pod whether its publishers are connected."""
         return {} if self._receiver is None else self._receiver.connected()
+
+    def unheard(self) -> dict[str, str]:
+        """Give the pods whose topic filter does not let through what they publish, with the topic of that."""
+        return {} if self._receiver is None else self._receiver.unheard()
 
     def awaited(self) -> dict[str, str]:
         """Say for each pod of which it is not known yet what it holds what is missing: ``connection`` or ``replay``.
 
         One that cannot be reached for `pod_timeout_s` is not awaited any longer.
         """
-        pods = {pod: "replay" for applier in self._appliers for pod in applier.catching_up()}
+        pods = {pod: "replay" for shard in self._shards for pod in shard.catching_up()}
         for publisher, seconds in ({} if self._receiver is None else self._receiver.unreachable()).items():
             if seconds < self._pod_timeout_s:
                 pods[publisher.pod] = "connection"
@@ -367,14 +373,14 @@ class EventPool:
 
     def _judge_reach(self, number: int) -> None:
         """Tell a shard which of its publishers cannot be reached, and for how many times as long as they may."""
-        receiver, applier = self._receiver, self._appliers[number]
+        receiver, shard = self._receiver, self._shards[number]
         bound = set() if receiver is None else receiver.bound()
-        unreachable = {p: seconds / self._silent_timeout_s for p, seconds in applier.silences(bound).items()}
-        left = applier.not_followed(bound)
+        unreachable = {p: seconds / self._silent_timeout_s for p, seconds in shard.applier.silences(bound).items()}
+        left = shard.not_followed(bound)
         for publisher, seconds in {**left, **({} if receiver is None else receiver.unreachable())}.items():
             if self._shard(publisher.pod) == number:
                 unreachable[publisher] = seconds / self._pod_timeout_s
-        applier.hear_unreachable(unreachable, bound | {publisher.endpoint for publisher in left})
+        shard.hear_unreachable(unreachable, bound | {publisher.endpoint for publisher in left})
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
@@ -388,7 +394,7 @@ class EventPool:
         return message.pod is None or not message.endpoint or message.endpoint in self._subscribed.get(message.pod, ())
 
     def _work(self, number: int) -> None:
-        queue, applier, lock = self._queues[number], self._appliers[number], self._locks[number]
+        queue, shard, lock = self._queues[number], self._shards[number], self._locks[number]
         tick_at = expire_at = time.monotonic() + _EXPIRE_EVERY_S
         while True:
             taken = queue.take(_EXPIRE_EVERY_S)
@@ -400,16 +406,16 @@ class EventPool:
                 try:
                     with lock:
                         if self._follows(first):
-                            applier.apply(publisher, messages)
+                            shard.apply(publisher, messages)
                 except BaseException as error:  # noqa: BLE001  (a worker serves many pods: not even a panic of the core may end it)
                     self._errors += 1
                     self._log.error("apply_error", topic=first.topic[:80], first_seq=first.seq, error=repr(error))
-                    applier.distrust(publisher.pod)
+                    shard.distrust(publisher.pod)
                 queue.done()
             if time.monotonic() >= tick_at:
                 try:
                     with lock:
-                        applier.tick()
+                        shard.tick()
                         self._judge_reach(number)
                 except Exception as error:  # noqa: BLE001  (as above)
                     self._errors += 1
@@ -421,13 +427,13 @@ class EventPool:
 
 
 def _part_of(
-    pod: str, sources: list[Source], applier: Applier, index: snapshots.SnapshotIndex, models: Mapping[Source, str]
+    pod: str, sources: list[Source], shard: Shard, index: snapshots.SnapshotIndex, models: Mapping[Source, str]
 ) -> snapshots.Part:
     sections = []
     for source in sources:
         with suppress(InvalidQuestion):  # it was forgotten meanwhile
             sections.append(index.dump(source))
-    return snapshots.Part(position.encode(applier.positions(pod, models)), sections)
+    return snapshots.Part(position.encode(shard.positions(pod, models)), sections)
 
 
 def _load_part(part: snapshots.Part, index: snapshots.SnapshotIndex) -> position.PodPosition:

@@ -7,9 +7,10 @@ complete; a file without that ending is whole.
 
 import gzip
 import json
+import re
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,10 @@ from typing import Any, Self
 from kvevents.errors import KVEventsError
 from kvevents.listening import Heard
 
+_NAME = "capture"
 _SUFFIX = ".jsonl.gz"
 _PART = ".part"
+_CALLED = re.compile(rf"{_NAME}-[0-9]{{8}}T[0-9]{{6}}-[0-9]{{9}}-[0-9]{{6}}{re.escape(_SUFFIX)}({re.escape(_PART)})?")
 _FLUSH_EVERY_S = 1.0
 
 
@@ -30,9 +33,10 @@ class RecordingError(KVEventsError):
 class Recorder:
     """Writes captures into a folder: `max_file_bytes` each, the oldest deleted so that all take `max_total_bytes`.
 
-    Sizes are of the files as they lie on disk. Only files of the same `name` are counted and deleted. `pods` says what
-    the pod behind an endpoint is called. A context manager; `close` completes the last file. After a crash the last
-    file is left as ``.part``: what was flushed, once a second, can be unpacked.
+    Sizes are of the files as they lie on disk. Only files that are called as a recorder calls them are counted and
+    deleted. `pods` says what the pod behind an endpoint is called. A context manager; `close` completes the last file.
+    After a crash the last file is left as ``.part``: what was flushed, at least once a second and every 256 messages,
+    can be unpacked.
 
     Raises `RecordingError` when a file cannot be written.
     """
@@ -41,7 +45,6 @@ class Recorder:
         self,
         folder: Path,
         *,
-        name: str = "capture",
         max_file_bytes: int = 64 * 1024 * 1024,
         max_total_bytes: int = 1024 * 1024 * 1024,
         pods: dict[str, str] | None = None,
@@ -51,7 +54,6 @@ class Recorder:
                 f"{max_file_bytes} bytes a file, {max_total_bytes} in all: expected more in all than for one file"
             )
         self._folder = folder
-        self._name = name
         self._max_file_bytes = max_file_bytes
         self._max_total_bytes = max_total_bytes
         self._pods = pods or {}
@@ -66,6 +68,8 @@ class Recorder:
         """Messages that have not the three frames of one."""
         self.deleted = 0
         """Files that had to go."""
+        self.written: list[Path] = []
+        """The files of this recorder that are there, oldest first, under the names they have when they are whole."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -89,24 +93,18 @@ class Recorder:
         line |= {"arrival": heard.arrival, "endpoint": heard.endpoint}
         if heard.endpoint in self._pods:
             line["pod"] = self._pods[heard.endpoint]
-        try:
+        with self._writing():
             if self._file is None:
                 self._begin()
             self._put(line | {"payload": payload.hex()})
             self.recorded += 1
             self._is_flushed = False
             self._keep_within_bounds(len(payload))
-        except OSError as error:
-            raise RecordingError(
-                f"{self._path}: {error.strerror}; {self.recorded} messages recorded; make room, or name another folder"
-            ) from error
 
     def flush(self) -> None:
-        """Let what was written be on disk, so that a crash leaves it."""
-        if self._file is not None:
-            self._file.flush()
-            self._is_flushed = True
-            self._flush_at = time.monotonic() + _FLUSH_EVERY_S
+        """Let what was written be on disk, so that a crash of this process leaves it."""
+        with self._writing():
+            self._flush()
 
     def tick(self) -> None:
         """Flush where that is due; to be called also while nothing comes."""
@@ -119,24 +117,36 @@ class Recorder:
             file, self._file = self._file, None
             try:
                 file.close()
-                self._path.rename(self._path.with_name(self._path.name.removesuffix(_PART)))
+                self._path.rename(_whole(self._path))
             except OSError as error:
                 raise RecordingError(f"{self._path}: {error.strerror}; what was flushed before is there") from error
 
     @property
     def files(self) -> list[Path]:
-        """The captures there are, oldest first, the one that is written included."""
-        return sorted(
-            [*self._folder.glob(f"{self._name}-*{_SUFFIX}"), *self._folder.glob(f"{self._name}-*{_SUFFIX}{_PART}")]
-        )
+        """The captures there are, of other recorders too, oldest first, the one that is written included."""
+        return sorted(path for path in self._folder.glob(f"{_NAME}-*") if _CALLED.fullmatch(path.name))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RecordingError(
+                f"{self._path}: {error.strerror}; {self.recorded} messages recorded; make room, or name another folder"
+            ) from error
+
+    def _flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            self._is_flushed = True
+            self._flush_at = time.monotonic() + _FLUSH_EVERY_S
 
     def _begin(self) -> None:
         self._number += 1
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        self._path = (
-            self._folder / f"{self._name}-{stamp}-{time.time_ns() % 10**9:09}-{self._number:06}{_SUFFIX}{_PART}"
-        )
+        self._path = self._folder / f"{_NAME}-{stamp}-{time.time_ns() % 10**9:09}-{self._number:06}{_SUFFIX}{_PART}"
         self._file = gzip.open(self._path, "xt", compresslevel=6, encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        self.written.append(_whole(self._path))
         self._put({"kind": "meta", "about": "recorded by kvindex", "started": time.time(), "pods": self._pods})
 
     def _put(self, line: dict[str, Any]) -> None:
@@ -147,7 +157,7 @@ class Recorder:
         # what is compressed is known only after a flush: one each second, and one for each large payload
         if written < 65_536 and time.monotonic() < self._flush_at and self.recorded % 256:
             return
-        self.flush()
+        self._flush()
         if self._path.stat().st_size >= self._max_file_bytes:
             self.close()
         sizes: dict[Path, int] = {}
@@ -160,7 +170,13 @@ class Recorder:
                 return
             path.unlink(missing_ok=True)
             self.deleted += 1
+            self.written = [one for one in self.written if one != _whole(path)]
             total -= size
+
+
+def _whole(path: Path) -> Path:
+    """Give what a file is called when it is complete."""
+    return path.with_name(path.name.removesuffix(_PART))
 
 
 def _text_of(topic: bytes) -> dict[str, str]:
@@ -168,17 +184,3 @@ def _text_of(topic: bytes) -> dict[str, str]:
         return {"topic": topic.decode()}
     except UnicodeDecodeError:
         return {"topic_hex": topic.hex()}
-
-
-def pods_of(endpoints: Sequence[str]) -> dict[str, str]:
-    """Read ``pod=endpoint`` and plain endpoints, which have "" for a pod; give the pod of each endpoint.
-
-    Raises `RecordingError` for an endpoint that is named twice.
-    """
-    pods: dict[str, str] = {}
-    for text in endpoints:
-        pod, _, endpoint = text.rpartition("=")
-        if endpoint in pods:
-            raise RecordingError(f"endpoint {endpoint!r} is named twice")
-        pods[endpoint] = pod
-    return pods

@@ -36,6 +36,8 @@ class Request(NamedTuple):
     """From which number on."""
     like: Message
     """What its messages have in common: the pod, where it publishes, the number of the replay."""
+    filter: bytes = b""
+    """What the topics begin with that are heard live."""
 
 
 class _Running:
@@ -69,6 +71,8 @@ class Replays:
         self._running: dict[tuple[str | None, str], _Running] = {}
         self.asked = 0
         self.failed = 0
+        self.unheard: dict[str | None, bytes] = {}
+        """Pods whose filter does not let through what they publish, with the topic of that."""
 
     def ask(self, request: Request) -> None:
         """Ask for a replay; one of the same publisher that is still on its way is dropped."""
@@ -90,6 +94,7 @@ class Replays:
 
     def drop(self, pod: str) -> None:
         """Drop the replays of a pod."""
+        self.unheard.pop(pod, None)
         for running in [running for (of, _), running in self._running.items() if of == pod]:
             self._drop(running.request)
 
@@ -142,8 +147,17 @@ class Replays:
                 self._drop(request)
                 self._tell(request, Note.ENDED)
                 return True
-            self._deliver(_like(request.like, seq=int.from_bytes(frames[-2], "big"), payload=frames[-1]))
+            topic = frames[-3] if len(frames) > 3 else b""
+            if len(frames) > 3 and not topic.startswith(request.filter):
+                self._note_unheard(request, topic)
+            self._deliver(_like(request.like, topic=topic, seq=int.from_bytes(frames[-2], "big"), payload=frames[-1]))
         return True
+
+    def _note_unheard(self, request: Request, topic: bytes) -> None:
+        pod = request.like.pod
+        if pod not in self.unheard:
+            self.unheard[pod] = topic
+            self._log.error("topic_unheard", pod=pod, filter=request.filter[:80], topic=topic[:80])
 
     def _fail(self, request: Request, why: str) -> None:
         self.failed += 1
@@ -165,9 +179,11 @@ def _key(request: Request) -> tuple[str | None, str]:
     return request.like.pod, request.like.endpoint
 
 
-def _like(like: Message, *, seq: int = 0, payload: bytes = b"", note: Note | None = None) -> Message:
+def _like(
+    like: Message, *, topic: bytes = b"", seq: int = 0, payload: bytes = b"", note: Note | None = None
+) -> Message:
     return Message(
-        topic=like.topic,
+        topic=topic,
         seq=seq,
         payload=payload,
         pod=like.pod,

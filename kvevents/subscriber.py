@@ -71,7 +71,7 @@ class Receiver:
     ) -> None:
         self._deliver = deliver
         self._log = log
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = new_context()
         self._address = f"inproc://commands-{id(self)}"
         self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         self._wake.bind(self._address)
@@ -123,6 +123,10 @@ class Receiver:
             if opened.subscription.pod is not None and not opened.connected and not opened.heard
         }
 
+    def unheard(self) -> dict[str, str]:
+        """Give the pods whose topic filter does not let through what they publish, with the topic of that."""
+        return {pod: topic.decode(errors="replace")[:80] for pod, topic in self._replays.unheard.copy().items() if pod}
+
     def bound(self) -> set[str]:
         """Give the endpoints that pods connect to."""
         return {opened.subscription.endpoint for opened in list(self._open) if opened.subscription.bind}
@@ -142,7 +146,7 @@ class Receiver:
         def run() -> None:
             try:
                 future.set_result(work())
-            except (SubscriptionError, zmq.ZMQError) as error:
+            except Exception as error:  # noqa: BLE001  (whatever it is, who called waits for it)
                 future.set_exception(error)
 
         self._post(run)
@@ -240,7 +244,10 @@ class Receiver:
             opened.unreachable_since = time.monotonic()
 
     def _add(self, subscription: Subscription) -> str:
-        socket = self._context.socket(zmq.SUB)
+        try:
+            socket = self._context.socket(zmq.SUB)
+        except zmq.ZMQError as error:
+            raise _no_room(subscription.endpoint, error) from error
         socket.linger = 0
         socket.rcvhwm = RECEIVE_MESSAGES
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -250,7 +257,11 @@ class Receiver:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.IPV6, 1)
         socket.subscribe(subscription.topic)
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        try:
+            monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            raise _no_room(subscription.endpoint, error) from error
         opened = _Open(subscription, socket, monitor)
         try:
             if subscription.bind:
@@ -273,7 +284,8 @@ class Receiver:
         for opened in self._open:
             subscription = opened.subscription
             if (subscription.pod, subscription.endpoint) == publisher and subscription.replay is not None:
-                self._replays.ask(Request(subscription.replay, start, _message(subscription, replay=number)))
+                like = _message(subscription, replay=number)
+                self._replays.ask(Request(subscription.replay, start, like, subscription.topic.encode()))
 
     def _remove(self, pod: str) -> None:
         self._replays.drop(pod)
@@ -287,6 +299,19 @@ class Receiver:
         opened.socket.disable_monitor()
         opened.monitor.close(0)
         opened.socket.close(0)
+
+
+def new_context() -> "zmq.Context[zmq.Socket[bytes]]":
+    """Make a context for as many sockets as libzmq can: a followed endpoint takes three, and its default is 1,023."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.max_sockets = context.get(zmq.SOCKET_LIMIT)
+    return context
+
+
+def _no_room(endpoint: str, error: zmq.ZMQError) -> SubscriptionError:
+    return SubscriptionError(
+        f"endpoint {endpoint!r}: {error.strerror}; three files are open for each endpoint: raise the limit (ulimit -n)"
+    )
 
 
 def _message(subscription: Subscription, *, replay: int = 0, note: Note | None = None) -> Message:

@@ -107,7 +107,9 @@ def fleet(
 
 @app.command(epilog="Example: kvindex replay tests/data/golden/plain.jsonl --check")
 def replay(
-    file: Annotated[Path, typer.Argument(help="A capture: JSON lines, also gzipped.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="A capture: JSON lines, also gzipped; its files in order, or their folder.")
+    ],
     check: Annotated[bool, typer.Option(help="Compare with the engine's answers in the capture.")] = False,  # noqa: FBT002
     copies: Annotated[str, typer.Option(help="count, or set for engines that announce blocks again.")] = "count",
     pod: Annotated[str | None, typer.Option(help="The pod, where topics do not say.")] = None,
@@ -144,7 +146,7 @@ def replay(
     )
     raise typer.Exit(
         run_replay(
-            file,
+            files,
             check=check,
             copies="set" if copies == "set" else "count",
             pod=pod,

@@ -4,18 +4,16 @@
 answer with what the engines themselves hold.
 """
 
-import contextlib
 import json
 import random
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import httpx
 import zmq
@@ -23,6 +21,7 @@ import zmq
 from kvevents.testing import DIALECTS, Dialect, Publisher, RawEvent, cleared, removed, stored
 from kvindex.engine import EngineEvent, Removed, Request, SimulatedEngine, Stored
 from kvindex.errors import UserError
+from kvindex.signals import stopped_by_signals
 from kvindex.workload import Workload
 
 _LINGER_S = 0.02
@@ -291,13 +290,14 @@ def run_fleet(
     except zmq.ZMQError as error:
         print(f"cannot bind the pods' ports from {base_port} on {host}: {error.strerror}", file=sys.stderr)
         return 1
-    with fleet, _stopped_by_signals() as stop:
+    with fleet, stopped_by_signals() as stop:
         if as_json:
             print(json.dumps(fleet.endpoints()), flush=True)
         else:
             for entry in fleet.endpoints():
                 say(f"{entry['pod']}  events {entry['endpoint']}  replay {entry['replay']}  model {entry['model']}")
-        if wait_subscribers and not _wait_for_subscribers(fleet, wait_subscribers, wait_timeout, stop, say):
+        publishers = [pod.publisher for pod in fleet.pods]
+        if wait_subscribers and not wait_for_subscribers(publishers, wait_subscribers, stop, say, timeout=wait_timeout):
             return 0 if stop.is_set() else 1
         checkers = [Checker(fleet, url, timeout=sync_timeout) for url in check]
         try:
@@ -307,17 +307,23 @@ def run_fleet(
                 checker.close()
 
 
-def _wait_for_subscribers(
-    fleet: Fleet, count: int, timeout: float, stop: threading.Event, say: Callable[[str], None]
+def wait_for_subscribers(
+    publishers: Sequence[Publisher],
+    count: int,
+    stop: threading.Event,
+    say: Callable[[str], None],
+    *,
+    timeout: float = 0.0,
 ) -> bool:
+    """Wait until each publisher has `count` subscribers, and say how it goes; say no after `timeout` s (0: never)."""
     deadline = time.monotonic() + timeout if timeout else float("inf")
     shown = -1
     while not stop.is_set():
-        ready = sum(pod.publisher.subscribers >= count for pod in fleet.pods)
+        ready = sum(publisher.subscribers >= count for publisher in publishers)
         if ready != shown:
-            say(f"{ready} of {len(fleet.pods)} pods have {count} subscriber{'s' if count > 1 else ''}")
+            say(f"{ready} of {len(publishers)} pods have {count} subscriber{'s' if count > 1 else ''}")
             shown = ready
-        if ready == len(fleet.pods):
+        if ready == len(publishers):
             return True
         if time.monotonic() >= deadline:
             say(f"no subscribers within {timeout:g} s")
@@ -414,22 +420,3 @@ def _report(
                 say(f"  {difference}")
             status = 1
     return status
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set; in other threads than the main one signals are left alone."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -62,7 +62,8 @@ _MEANINGS: Mapping[str, Mapping[str, str]] = {
         "sources_unavailable": "Sources of pods that cannot be asked now",
     },
     "scorer": {
-        "amended_blocks": "Blocks that pods evidently hold although their engines never said so",
+        "shadow_blocks": "Blocks remembered of pods whose events cannot be believed",
+        "shadowed_sources": "Sources that are answered for by what was observed of them",
         "speculative_blocks": "Blocks of requests that are on their way to a pod",
         "speculative_dropped": "Such blocks forgotten because they were too many",
     },

@@ -107,7 +107,9 @@ class _Pods(Collector):
             "kvindex_pod_last_message_timestamp_seconds", "When the last message was applied", labels=labels
         )
         lag = GaugeMetricFamily(
-            "kvindex_pod_lag_seconds", "From the engine's time of the last message until it was applied", labels=labels
+            "kvindex_pod_lag_seconds",
+            "From the engine's time of the last live message until it was applied",
+            labels=labels,
         )
         for source, last in sorted(self._pool.heard().items()):
             names = [source.pod, str(source.rank)]
@@ -115,8 +117,8 @@ class _Pods(Collector):
             gaps.add_metric(names, last.gaps)
             if last.at:
                 at.add_metric(names, last.at)
-            if last.ts is not None:
-                lag.add_metric(names, last.at - last.ts)
+            if last.lag_s is not None:
+                lag.add_metric(names, last.lag_s)
         yield from (messages, gaps, at, lag)
         connected = GaugeMetricFamily("kvindex_pod_connected", "1 where its publishers are connected", labels=["pod"])
         for pod, is_connected in sorted(self._pool.connected().items()):

@@ -3,21 +3,25 @@
 import contextlib
 import json
 import math
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import zmq
 
 from kvevents import DecodeError, Message, decode_batch, parse_topic
 from kvevents.testing import Publisher
+from kvindex.captures import Capture, Line
 from kvindex.errors import UserError
+from kvindex.fleet import wait_for_subscribers
+from kvindex.signals import stopped_by_signals
 
 _PAUSE = threading.Event()
 """Never set: to wait a moment."""
+_LONG_S = 5.0
+_MOST_PODS = 1_024
+_MAX_PORT = 65_535
 
 
 def speed_of(text: str) -> float:
@@ -32,27 +36,29 @@ def speed_of(text: str) -> float:
     return speed
 
 
-def paced(
-    messages: Sequence[tuple[dict[str, Any], Message]], speed: float, stop: threading.Event = _PAUSE
-) -> Iterator[Message]:
+def paced(messages: Iterable[tuple[Line, Message]], speed: float, stop: threading.Event = _PAUSE) -> Iterator[Message]:
     """Give messages when they are due: by their time of arrival, or by the engine's time where that was not recorded.
 
-    A message without a time, or with one before the last, is due at once. Ends when `stop` is set.
+    A message without a time, or with one before the last, is due at once. Ends when `stop` is set. A long wait is said
+    on standard error.
     """
     start = time.monotonic()
     first: float | None = None
     for line, message in messages:
         at = math.nan if math.isinf(speed) else _time_of(line, message)
-        if not math.isnan(at):
+        if math.isfinite(at):
             first = at if first is None else first
-            if stop.wait(max(0.0, start + (at - first) / speed - time.monotonic())):
+            wait = min(max(0.0, start + (at - first) / speed - time.monotonic()), threading.TIMEOUT_MAX)
+            if wait > _LONG_S:
+                print(f"the next message is due in {wait:,.0f} s (--speed)", file=sys.stderr, flush=True)
+            if stop.wait(wait):
                 return
         if stop.is_set():
             return
         yield message
 
 
-def _time_of(line: dict[str, Any], message: Message) -> float:
+def _time_of(line: Line, message: Message) -> float:
     arrival = line.get("arrival")
     if isinstance(arrival, int | float):
         return float(arrival)
@@ -63,7 +69,7 @@ def _time_of(line: dict[str, Any], message: Message) -> float:
 
 
 def run_play(
-    messages: Sequence[tuple[dict[str, Any], Message]],
+    capture: Capture,
     *,
     speed: float,
     host: str,
@@ -75,58 +81,72 @@ def run_play(
 ) -> int:
     """Publish a capture as its pods did, one publisher for each, with a replay socket.
 
-    Publisher i binds `base_port + 2 * i`, and its replay the port after it; 0: any. Begins when each has
-    `wait_subscribers` subscribers and stays for `hold` seconds after the last message, so that what was missed can be
-    asked for. Ends early at SIGINT or SIGTERM. Endpoints are printed, with `as_json` as `KVINDEX_PODS` takes them.
-    Raises `UserError` when a port cannot be had.
+    Publisher i, by the names of the pods, binds `base_port + 2 * i`, and its replay the port after it; 0: any. Begins
+    when each has `wait_subscribers` subscribers and stays for `hold` seconds after the last message, so that what was
+    missed can be asked for. Ends early at SIGINT or SIGTERM. Endpoints are printed, with `as_json` as `KVINDEX_PODS`
+    takes them. Raises `UserError` for what is no capture, and when a port cannot be had.
     """
-    pods = list(dict.fromkeys(_pod(message) for _, message in messages))
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     out = sys.stderr if as_json else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=out, flush=True)
+
+    pods, total = _survey(capture)
     sent = 0
-    try:
-        with contextlib.ExitStack() as running:
-            publishers = {
-                pod: running.enter_context(_publisher(host, base_port, number)) for number, pod in enumerate(pods)
-            }
-            said = [
-                {"pod": pod, "endpoint": one.endpoint, "replay": one.replay, "model": _model(pod, messages) or model}
-                for pod, one in publishers.items()
-            ]
-            if as_json:
-                print(json.dumps(said), flush=True)
-            else:
-                for line in said:
-                    print(f"{line['pod']}: {line['endpoint']}, replay {line['replay']}", flush=True)
-            for one in publishers.values():
-                while wait_subscribers and one.subscribers < wait_subscribers and not stop.wait(0.02):
-                    pass
-            for message in paced(messages, speed, stop):
-                one = publishers[_pod(message)]
-                one.topic = message.topic
-                one.send(bytes(message.payload), seq=message.seq)
-                sent += 1
-            print(f"{sent} of {len(messages)} messages played", file=out, flush=True)
+    with stopped_by_signals() as stop, contextlib.ExitStack() as running:
+        publishers = {
+            pod: running.enter_context(_publisher(host, base_port, number)) for number, pod in enumerate(pods)
+        }
+        said = [
+            {"pod": pod, "endpoint": one.endpoint, "replay": one.replay, "model": pods[pod] or model}
+            for pod, one in publishers.items()
+        ]
+        if as_json:
+            print(json.dumps(said), flush=True)
+        else:
+            for line in said:
+                say(f"{line['pod']}: {line['endpoint']}, replay {line['replay']}")
+        if wait_subscribers:
+            wait_for_subscribers(list(publishers.values()), wait_subscribers, stop, say)
+        for message in paced(capture.messages(), speed, stop):
+            one = publishers[_pod(message)]
+            one.topic = message.topic
+            one.send(bytes(message.payload), seq=message.seq)
+            sent += 1
+        say(f"{sent} of {total} messages played")
+        if hold and not stop.is_set():
+            say(f"answering replays for {hold:g} s")
             stop.wait(hold)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 0 if sent == len(messages) else 1
+    return 0 if sent == total else 1
+
+
+def _survey(capture: Capture) -> tuple[dict[str, str], int]:
+    """Read a capture once: the model of each pod, "" where no topic says it, and how many messages there are."""
+    pods: dict[str, str] = {}
+    total = 0
+    for line, message in capture.messages():
+        total += 1
+        pod = _pod(message)
+        if not pods.get(pod):
+            pods[pod] = parse_topic(message.topic).model
+        if len(pods) > _MOST_PODS:
+            raise UserError(f"{line['file']}, line {line['line']}: more than {_MOST_PODS} pods; name one with --pod")
+    if not total:
+        raise UserError(f"{capture}: holds no messages")
+    return dict(sorted(pods.items())), total
 
 
 def _publisher(host: str, base_port: int, number: int) -> Publisher:
-    ports = (base_port + 2 * number, base_port + 2 * number + 1) if base_port else (0, 0)
+    events, replay = (base_port + 2 * number, base_port + 2 * number + 1) if base_port else (0, 0)
+    if replay > _MAX_PORT:
+        raise UserError(
+            f"--base-port {base_port}: pod number {number} would publish at port {events}; take a lower one"
+        )
     try:
-        return Publisher(f"tcp://{host}:{ports[0]}", replay=f"tcp://{host}:{ports[1]}")
+        return Publisher(f"tcp://{host}:{events}", replay=f"tcp://{host}:{replay}")
     except zmq.ZMQError as error:
-        raise UserError(f"cannot bind ports {ports[0]} and {ports[1]} on {host}: {error.strerror}") from error
+        raise UserError(f"cannot bind ports {events} and {replay} on {host}: {error.strerror}") from error
 
 
 def _pod(message: Message) -> str:
     return message.pod or parse_topic(message.topic).pod
-
-
-def _model(pod: str, messages: Sequence[tuple[dict[str, Any], Message]]) -> str:
-    return next((parse_topic(m.topic).model for _, m in messages if _pod(m) == pod and m.topic), "")

@@ -1,13 +1,15 @@
 """`kvindex record`: what pods publish, into capture files."""
 
-import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from kvevents import Heard, Listener, Recorder, pods_of
+from kvevents import Heard, LinkChange, Listener, Recorder
+from kvindex.errors import UserError
+from kvindex.reach import Reach
+from kvindex.signals import stopped_by_signals
 
 
 def run_record(
@@ -22,11 +24,10 @@ def run_record(
 ) -> int:
     """Record for `seconds` (0: until SIGINT or SIGTERM, or `stop` is set), and complete the last file.
 
-    An endpoint may say what its pod is called, ``pod-0=tcp://10.0.0.7:5557``. Raises `RecordingError` and
-    `SubscriptionError`.
+    An endpoint may say what its pod is called, ``pod-0=tcp://10.0.0.7:5557``. The exit status is 1 where nothing came.
+    Raises `RecordingError`, `SubscriptionError` and `UserError`.
     """
     pods = pods_of(endpoints)
-    stopping = stop or threading.Event()
     # a pod must have a name where neither topics nor the person give one: its endpoint tells publishers apart
     recorder = Recorder(
         folder,
@@ -34,25 +35,46 @@ def run_record(
         max_total_bytes=max_total_bytes,
         pods={endpoint: pod for endpoint, pod in pods.items() if pod},
     )
-
-    def end(_: int, __: FrameType | None) -> None:
-        stopping.set()
-
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, end) for number in signals}
-    until = time.monotonic() + seconds if seconds else float("inf")
-    try:
-        with recorder, Listener(list(pods), topic=topic) as listener:
-            print(f"recording {len(pods)} publishers into {folder}; interrupt to end", file=sys.stderr, flush=True)
-            while not stopping.is_set() and time.monotonic() < until:
-                for what in listener.receive(0.1):
-                    if isinstance(what, Heard):
-                        recorder.write(what)
-                recorder.tick()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    print(f"{recorder.recorded} messages recorded, {recorder.skipped} were none, {recorder.deleted} files deleted")
-    for path in recorder.files:
+    start = time.monotonic()
+    until = start + seconds if seconds else float("inf")
+    reach = Reach(topic, start)
+    with stopped_by_signals() as stopped, recorder, Listener(list(pods), topic=topic) as listener:
+        stopping = stop or stopped
+        _say(f"recording {len(pods)} publishers into {folder}; interrupt to end")
+        while not stopping.is_set() and time.monotonic() < until:
+            for what in listener.receive(0.1):
+                if isinstance(what, Heard):
+                    recorder.write(what)
+                    reach.heard(what.endpoint)
+                elif isinstance(what, LinkChange) and (text := reach.change(what)):
+                    _say(text)
+            recorder.tick()
+            for text in reach.quiet(time.monotonic()):
+                _say(text)
+    print(
+        f"{recorder.recorded} messages recorded, {recorder.skipped} had not the frames of one, "
+        f"{recorder.deleted} files deleted"
+    )
+    for path in recorder.written:
         print(f"  {path}")
+    if not recorder.recorded:
+        print(f"nothing was recorded; `kvindex doctor {' '.join(pods)}` tells why")
     return 0 if recorder.recorded else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def pods_of(endpoints: Sequence[str]) -> dict[str, str]:
+    """Read ``pod=endpoint`` and plain endpoints, which have "" for a pod; give the pod of each endpoint.
+
+    Raises `UserError` for an endpoint that is named twice.
+    """
+    pods: dict[str, str] = {}
+    for text in endpoints:
+        pod, _, endpoint = text.rpartition("=")
+        if endpoint in pods:
+            raise UserError(f"endpoint {endpoint!r} is named twice")
+        pods[endpoint] = pod
+    return pods

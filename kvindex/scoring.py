@@ -66,8 +66,8 @@ def score_route(
         """Say which pods hold how much of a prompt."""
         timings = Timings()
         model, adapter = scorer.prompts.tokenizers.resolve(data.model)
-        checks.asked.note(model, data.pods)
         pods = None if data.pods is None else followed.resolve(data.pods)
+        checks.asked.note(model, pods)
         try:
             with answers.question("http") as question:
                 if data.token_ids is not None:

@@ -21,6 +21,8 @@ from kvindex.snapshots import Snapshots
 from kvindex.tokenizing import open_prompts
 from scorer import PrefixScorer
 
+_BACKLOG = 2_048
+
 
 def run_serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Raises `UserError` when the port or an endpoint cannot be had."""
@@ -34,6 +36,7 @@ def run_serve(config: Config) -> int:
         raise UserError(
             f"snapshot: {config.index.url} outlives this process; leave out snapshot.path and snapshot.peers"
         )
+    _raise_file_limit()
     listener = _bound(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     pool = EventPool(
@@ -68,7 +71,7 @@ def run_serve(config: Config) -> int:
         )
         snapshots.start()
         # a scorer follows nobody, so that nothing is to be said of how it follows
-        checks = Checks(index, pool, follower if follows else None)
+        checks = Checks(index, pool, follower if follows else None, block_size=config.scorer.block_size)
         running.callback(checks.close)
         checks.start()
         answers = AnswerMetrics()
@@ -88,12 +91,24 @@ def run_serve(config: Config) -> int:
             log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
+        _listen(listener)  # who reads the next line may ask at once
         log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
         server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         server.run(sockets=[listener])
         log.info("stopped")
     index.close()
     return 0
+
+
+def _raise_file_limit() -> None:
+    """Take as many open files as the system grants: a followed endpoint needs three, and 1,024 is a usual default."""
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Server(uvicorn.Server):
@@ -119,9 +134,19 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"http.port {port} on {host}: {error}; choose another with --port or KVINDEX_HTTP_PORT"
-        ) from error
+        raise _taken(host, port, error) from error
     # asyncio does it only for sockets it made: without it each answer on a kept connection waits 40 ms
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:  # another process may have been quicker with the same port
+        host, port = listener.getsockname()[:2]
+        raise _taken(host, port, error) from error
+
+
+def _taken(host: str, port: int, error: Exception) -> UserError:
+    return UserError(f"http.port {port} on {host}: {error}; choose another with --port or KVINDEX_HTTP_PORT")

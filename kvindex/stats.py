@@ -30,9 +30,12 @@ class PodStats(msgspec.Struct, frozen=True):
     gaps: int
     """How often messages were missing for good."""
     lag_s: float | None
-    """From the engine's time of the last message to ours when it was applied; clocks that differ are in it."""
+    """From the engine's time of a message to ours when it was applied; clocks that differ are in it. Of the last one
+    that came by itself, not of what was asked for again."""
     silent_s: float | None
     """Seconds since the last message was applied; None where none was."""
+    live_s: float | None = None
+    """Seconds since the last one that came by itself."""
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -45,8 +48,14 @@ class Stats(msgspec.Struct, frozen=True):
     pods: list[PodStats]
     not_connected: list[str] = []
     """Subscribed pods whose publisher cannot be reached."""
+    followed: list[str] = []
+    """Pods that this process follows, whether they said anything or not."""
     without_replay: list[str] = []
-    """Followed pods that have no replay endpoint."""
+    """Those that have no replay endpoint."""
+    unheard: dict[str, str] = {}
+    """Those whose topic filter does not let through what they publish, and the topic of that."""
+    block_size: int | None = None
+    """What the configuration says of block sizes, if it does."""
     asked_models: list[str] = []
     """Models that questions were for lately."""
     asked_pods: list[str] = []
@@ -82,7 +91,14 @@ class Asked:
             self._models, self._pods = {}, {}
 
 
-def collect(index: Index, pool: EventPool, asked: Asked, followed: Mapping[str, discovery.Found]) -> Stats:
+def collect(
+    index: Index,
+    pool: EventPool,
+    asked: Asked,
+    followed: Mapping[str, discovery.Found],
+    *,
+    block_size: int | None = None,
+) -> Stats:
     """Look at a service that follows these pods. Raises `IndexUnavailable`."""
     now = time.time()
     connected, heard, sequences = pool.connected(), pool.heard(), pool.sequences()
@@ -104,8 +120,9 @@ def collect(index: Index, pool: EventPool, asked: Asked, followed: Mapping[str, 
                 last_seq=sequences.get(status.source, status.last_seq),
                 messages=last.messages if last else 0,
                 gaps=last.gaps if last else 0,
-                lag_s=last.at - last.ts if last and last.ts is not None else None,
-                silent_s=now - last.at if last and last.at else None,
+                lag_s=last.lag_s if last else None,
+                silent_s=now - last.at if last else None,
+                live_s=now - last.live_at if last and last.live_at is not None else None,
             )
         )
     return Stats(
@@ -114,6 +131,9 @@ def collect(index: Index, pool: EventPool, asked: Asked, followed: Mapping[str, 
         pool=pool.stats(),
         pods=statuses,
         not_connected=sorted(pod for pod, is_connected in connected.items() if not is_connected),
+        followed=sorted(followed),
+        unheard=pool.unheard(),
+        block_size=block_size,
         without_replay=sorted(pod for pod, found in followed.items() if not all(one.replay for one in found.endpoints)),
         asked_models=models,
         asked_pods=pods,

@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 
 from kvevents import BlockRemoved, BlockStored, DecodeError, Heard, Listener, decode_batch
+from kvindex.reach import Reach
 
 
 def run_watch(endpoints: list[str], *, topic: str = "", seconds: float = 0.0) -> int:
@@ -19,15 +20,21 @@ def run_watch(endpoints: list[str], *, topic: str = "", seconds: float = 0.0) ->
     counts = {endpoint: Counter[str]() for endpoint in endpoints}
     last: dict[str, int] = {}
     start = time.monotonic()
+    reach = Reach(topic, start)
     try:
         with Listener(list(counts), topic=topic) as listener, Live(console=console, auto_refresh=False) as live:
             while not seconds or time.monotonic() - start < seconds:
+                said = reach.quiet(time.monotonic())
                 for what in listener.receive(0.25):
                     if not isinstance(what, Heard):
+                        said.append(reach.change(what))
                         continue
+                    reach.heard(what.endpoint)
                     line = _take(what.frames, counts[what.endpoint], last, what.endpoint)
                     if not console.is_terminal:
                         print(f"{what.endpoint} {line}", flush=True)
+                for line in filter(None, said):
+                    live.console.print(line, markup=False, highlight=False, soft_wrap=True)
                 if console.is_terminal:
                     live.update(_table(counts, last, time.monotonic() - start), refresh=True)
     except KeyboardInterrupt:

@@ -36,7 +36,8 @@ def run_watch_service(url: str, *, seconds: float = 0.0, every: float = 1.0) -> 
                     return 0
                 time.sleep(every)
                 try:
-                    now, before, trouble = fetch_stats(url), now, ""
+                    # a service that came back may be another one, whose counters began anew
+                    now, before, trouble = fetch_stats(url), None if trouble else now, ""
                 except UserError as error:
                     trouble = str(error)
     except KeyboardInterrupt:

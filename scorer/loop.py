@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from indexer import Holding, Index, Prompt, Run, Source
+from indexer import UNREACHABLE, Holding, Index, Prompt, Run, Source, tier_of
 from scorer.errors import InvalidRequest
 from scorer.observing import Heal, Observation, Observer, Prediction, Route, Tally
+from scorer.shadow import Foresight
 from scorer.speculation import Overlay
 
 ROUTED_TTL_S = 5.0
@@ -41,7 +42,7 @@ class ClosedLoop:
         self._index = index
         self._block_size = block_size
         self._routed = Overlay(ttl_s, clock=clock)
-        self._observer = Observer(heal, clock=clock)
+        self._observer = Observer(heal, index.surplus, clock=clock)
         self._clock = clock
         self._lock = threading.Lock()
         self._follow_at = 0.0
@@ -50,7 +51,7 @@ class ClosedLoop:
     @property
     def amends(self) -> bool:
         """Whether `amended` may say anything else than the index."""
-        return bool(self._observer.held)
+        return bool(self._observer.shadows.followed)
 
     @property
     def notes_anything(self) -> bool:
@@ -63,25 +64,35 @@ class ClosedLoop:
         return bool(self._routed)
 
     def amended(self, holdings: Sequence[Holding], prompt: Prompt, size: int) -> list[Holding]:
-        """Add to what the index says what its sources evidently have besides."""
-        keys = prompt.keys(size, prompt.length)[: prompt.length // size]
-        amended = []
-        for holding in holdings:
-            more = size * self._observer.held.run(holding.source, keys, holding.tokens // size)
-            if more:
-                tokens = holding.tokens + more
-                reusable = min(tokens, max(0, prompt.length - 1) // size * size)
-                runs = (*holding.runs, Run(more, ("gpu",)))
-                amended.append(Holding(holding.source, tokens, reusable, runs, holding.degraded))
-            else:
-                amended.append(holding)
-        return amended
+        """Put right what the index says of sources that evidently hold something else."""
+        followed = self._observer.shadows.followed
+        return [
+            self._amend(holding, prompt, size, followed[holding.source]) if holding.source in followed else holding
+            for holding in holdings
+        ]
+
+    def _amend(self, holding: Holding, prompt: Prompt, size: int, way: int) -> Holding:
+        foreseen = self._foresee(holding, prompt, size)
+        if foreseen is None or foreseen.blocks[way] == holding.tokens // size:
+            return holding
+        tokens = foreseen.blocks[way] * size
+        reusable = min(tokens, max(0, prompt.length - 1) // size * size)
+        return Holding(holding.source, tokens, reusable, _fitted(holding.runs, tokens), holding.degraded)
+
+    def _foresee(self, holding: Holding, prompt: Prompt, size: int) -> Foresight | None:
+        if holding.degraded.startswith(UNREACHABLE):
+            return None
+        keys = _keys_of(prompt, size)
+        # what a request on its way uses will be there when the next one runs
+        coming = self._routed.reach(holding.source, keys)
+        spans = [(max(start, coming), end) for start, end in _spans_of(holding.runs, size)]
+        return self._observer.shadows.foresee(holding.source, keys, holding.tokens // size, spans)
 
     def notes_of(self, source: Source, tokens: int, prompt: Prompt, size: int) -> Notes:
         """Say what is known of a source that holds so many tokens of a prompt."""
         blocks = 0
         if self._routed:
-            keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+            keys = _keys_of(prompt, size)
             blocks = self._routed.run(source, keys, tokens // size)
         return Notes(blocks, self._drifting.get(source, ""))
 
@@ -90,7 +101,7 @@ class ClosedLoop:
         prediction = self._predict(pod, rank, prompt, size)
         if prediction is None:
             return False
-        keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+        keys = _keys_of(prompt, size)
         self._observer.expect(_route(pod, rank, keys, prompt), prediction)
         self._routed.add(prediction.source, keys)
         return True
@@ -102,7 +113,7 @@ class ClosedLoop:
                 f"cached_tokens: expected 0 to {prompt.length}, the length of the prompt, got {cached_tokens!r}"
             )
         self._follow()
-        keys = prompt.keys(size, prompt.length)[: prompt.length // size]
+        keys = _keys_of(prompt, size)
         prediction = self._observer.expected(_route(pod, rank, keys, prompt))
         comparable = True
         if prediction is not None:  # it has run: from now on events say what is there
@@ -113,9 +124,11 @@ class ClosedLoop:
                 self._observer.unknown += 1
                 return Observation(pod, rank or 0, 0, cached_tokens, 0, "unknown_pod", drifting=False)
             # nobody said what was known before the run; where the index has the whole prompt, it is from the run itself
-            whole = prediction.tokens // size == max(0, prompt.length - 1) // size
-            comparable = not (whole and prediction.tokens // size > cached_tokens // size)
-        seen = self._observer.observe(prediction, cached_tokens, keys, size, comparable=comparable)
+            whole = prediction.told // size == max(0, prompt.length - 1) // size
+            comparable = not (whole and prediction.told // size > cached_tokens // size)
+        seen = self._observer.observe(
+            prediction, cached_tokens, keys, size, length=prompt.length, comparable=comparable
+        )
         if seen.drifting != (prediction.source in self._drifting):
             self._drifting = self._observer.drifting
         return seen
@@ -129,21 +142,26 @@ class ClosedLoop:
         return {
             "speculative_blocks": len(self._routed),
             "speculative_dropped_total": self._routed.dropped,
-            "amended_blocks": len(self._observer.held),
+            "shadow_blocks": len(self._observer.shadows),
+            "shadowed_sources": len(self._observer.shadows.followed),
             "unknown_pods_total": self._observer.unknown,
         }
 
     def _predict(self, pod: str, rank: int | None, prompt: Prompt, size: int) -> Prediction | None:
-        holdings = self._index.match(prompt, block_size=self._block_size)
-        if self.amends:
-            holdings = self.amended(holdings, prompt, size)
-        mine = [held for held in holdings if held.source.pod == pod and rank in (None, held.source.rank)]
+        told = self._index.match(prompt, block_size=self._block_size)
+        holdings = self.amended(told, prompt, size) if self.amends else told
+        mine = [
+            (held, alone)
+            for held, alone in zip(holdings, told, strict=True)
+            if held.source.pod == pod and rank in (None, held.source.rank)
+        ]
         if not mine:
             return None
-        best = max(mine, key=lambda held: held.tokens)
+        best, alone = max(mine, key=lambda both: both[0].tokens)
         elsewhere = max((held.reusable_tokens for held in holdings if held.source != best.source), default=0)
         speculative = size * self.notes_of(best.source, best.tokens, prompt, size).speculative_blocks
-        return Prediction(best.source, best.reusable_tokens, elsewhere, speculative)
+        foreseen = self._foresee(alone, prompt, size)
+        return Prediction(best.source, best.reusable_tokens, elsewhere, speculative, alone.reusable_tokens, foreseen)
 
     def _follow(self) -> None:
         """Now and then, hear which sources are gone or began anew."""
@@ -158,3 +176,27 @@ class ClosedLoop:
 
 def _route(pod: str, rank: int | None, keys: Sequence[int], prompt: Prompt) -> Route:
     return pod, rank, keys[-1] if keys else None, prompt.length
+
+
+def _keys_of(prompt: Prompt, size: int) -> Sequence[int]:
+    return prompt.keys(size, prompt.length)[: prompt.length // size]
+
+
+def _spans_of(runs: Sequence[Run], size: int) -> list[tuple[int, int]]:
+    """Give the ranges of blocks that lie on the first tier alone."""
+    spans, start = [], 0
+    for tokens, media in runs:
+        if all(tier_of(medium) == "gpu" for medium in media):
+            spans.append((start // size, (start + tokens) // size))
+        start += tokens
+    return spans
+
+
+def _fitted(runs: Sequence[Run], tokens: int) -> tuple[Run, ...]:
+    """Cut runs to that many tokens, or say that the first tier has what comes after them."""
+    fitted = []
+    for run in runs:
+        if tokens > 0:
+            fitted.append(Run(min(run.tokens, tokens), run.media))
+        tokens -= run.tokens
+    return (*fitted, Run(tokens, ("gpu",))) if tokens > 0 else tuple(fitted)

@@ -2,15 +2,14 @@
 
 The index is only asked, never written: what an observation proves wrong is handed to `Heal`, which the composition root
 connects to the one who applies the source's events. Removals that were lost leave copies counted that the engine has
-lost; nobody but the ledger knows how many, so that only there they can be taken back without taking too many. What an
-engine evidently has although it never said so has no engine hash that a ledger could file it under: it lives here, in
-an overlay, for as long as observations confirm it.
+lost; nobody but the ledger knows how many, so that only there they can be taken back without taking too many. What no
+event says is presumed, in a `Shadow` of the engine's cache, and never stored in the index.
 """
 
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -18,7 +17,7 @@ import msgspec
 
 from indexer import Source
 from scorer.drift import DriftTest
-from scorer.speculation import Overlay
+from scorer.shadow import Foresight, Shadows
 
 ERROR_BOUNDS: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Upper bounds of the error histogram, in blocks; what is more is counted last."""
@@ -26,7 +25,7 @@ ERROR_BOUNDS: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _MAX_SOURCES = 16_384
 _MAX_ROUTES = 65_536
 _ROUTE_TTL_S = 600.0
-_HELD_TTL_S = 300.0
+_PROVEN = 64
 
 Outcome: TypeAlias = Literal[
     "reused",
@@ -49,6 +48,9 @@ _EVIDENCE: frozenset[Outcome] = STALE | {"reused", "routed_elsewhere"}
 Heal: TypeAlias = Callable[[Source, Sequence[int]], bool]
 """Takes blocks that a source evidently computed anew, so that it holds one copy and no more; says no where a short
 reuse does not tell which block was missing. It may be given the same blocks twice, or none, to ask."""
+
+Surplus: TypeAlias = Callable[[Source, Sequence[int]], int]
+"""Says how many more copies than one of each of these blocks are counted: `Index.surplus`."""
 
 
 class Observation(msgspec.Struct, frozen=True, gc=False):
@@ -74,6 +76,10 @@ class Prediction(NamedTuple):
     """The most that another source could have reused."""
     speculative: int
     """Tokens that requests on their way would add."""
+    told: int
+    """What the index said alone."""
+    foreseen: Foresight | None = None
+    """What the shadow of the source said, where it has one."""
 
 
 class Tally(NamedTuple):
@@ -94,10 +100,21 @@ class _Known:
         self.outcomes: Counter[Outcome] = Counter()
         self.errors = [0] * (len(ERROR_BOUNDS) + 1)
         self.error_sum = 0
-        self.test = DriftTest()
-        self.was_marked = False
+        self.over = self.under = 0
+        """How often the index alone said too much, and too little."""
         self.owed: Sequence[int] = ()
-        """What was healed last. The event of the run itself may have come after, so it is done once more."""
+        """What the last run computed anew although the index said that it was there. Its event may come later, so
+        that what follows from it is looked at once more with the next request."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what followed from errors of before, as the source began anew."""
+        self.test = DriftTest()
+        self.proven: deque[int] = deque(maxlen=_PROVEN)
+        """The blocks that were proofs lately. Each is one only once."""
+        self.suspect = False
+        """Whether the source was marked, or there was a proof, ever."""
+        self.owed = ()
         self.reason = ""
 
 
@@ -108,9 +125,10 @@ Route: TypeAlias = tuple[str, int | None, int | None, int]
 class Observer:
     """See the module. All methods may be called from any thread."""
 
-    def __init__(self, heal: Heal | None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.held = Overlay(_HELD_TTL_S, clock=clock)
-        """Blocks that sources evidently have although the index does not know."""
+    def __init__(self, heal: Heal | None, surplus: Surplus, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.shadows = Shadows()
+        """What sources evidently have and have lost whatever the index says, where it is to be healed."""
+        self._surplus = surplus
         self._heal = heal
         self._clock = clock
         self._lock = threading.Lock()
@@ -142,48 +160,58 @@ class Observer:
         return prediction if until > self._clock() else None
 
     def observe(
-        self, prediction: Prediction, cached_tokens: int, keys: Sequence[int], size: int, *, comparable: bool
+        self,
+        prediction: Prediction,
+        cached_tokens: int,
+        keys: Sequence[int],
+        size: int,
+        *,
+        length: int,
+        comparable: bool,
     ) -> Observation:
-        """Take what an engine reused of the prompt with these keys, and draw the consequences."""
-        source = prediction.source
-        error = prediction.tokens // size - cached_tokens // size if comparable else 0
-        outcome = _judge(prediction, cached_tokens, error, size) if comparable else "not_comparable"
+        """Take what an engine reused of the prompt with these keys and that length, and draw the consequences."""
+        source, reused = prediction.source, cached_tokens // size
+        error = prediction.tokens // size - reused if comparable else 0
+        outcome = _judge(prediction, cached_tokens, size) if comparable else "not_comparable"
+        # a source is judged by what the index says alone, also where a shadow has made up for it
+        told = _judge(prediction._replace(tokens=prediction.told), cached_tokens, size) if comparable else outcome
+        lost = keys[reused:] if told == "overstated" else ()
         with self._lock:
             known = self._known.setdefault(source, _Known())
             self._known.move_to_end(source)
             if len(self._known) > _MAX_SOURCES:
-                self.held.forget(self._known.popitem(last=False)[0])
+                self.shadows.forget(self._known.popitem(last=False)[0])
             known.outcomes[outcome] += 1
             if comparable:
                 known.errors[bisect_left(ERROR_BOUNDS, abs(error))] += 1
                 known.error_sum += abs(error)
-            if outcome in _EVIDENCE and known.test.add(miss=outcome in STALE):
+            owed, known.owed = known.owed, lost
+        proofs = [blocks[0] for blocks in (owed, lost) if blocks and self._surplus(source, blocks[:1])]
+        with self._lock:
+            proof = any(block not in known.proven for block in proofs)
+            known.proven.extend(block for block in proofs if block not in known.proven)
+            known.over += told == "overstated"
+            known.under += told == "understated"
+            if known.test.add(miss=told in STALE if told in _EVIDENCE else None, proof=proof):
                 known.reason = _reason_of(known) if known.test.drifting else ""
-                known.was_marked = known.was_marked or known.test.drifting
-            drifting, was_marked, owed = known.test.drifting, known.was_marked, known.owed
-            known.owed = ()
-        if self._heal is not None and comparable:
-            if owed:
-                self._heal(source, owed)
-            reused = cached_tokens // size
-            if outcome == "overstated":
-                known.owed = self._lose(self._heal, source, keys[reused:])
-            else:
-                if outcome == "understated" and was_marked and self._heal(source, ()):
-                    self.held.add(source, keys[prediction.tokens // size : reused])
-                self.held.refresh(source, keys[:reused])
+            drifting = known.test.drifting
+            known.suspect = suspect = known.suspect or drifting or proof
+        if self._heal is not None:
+            # Events come in order: once the copies of the run are counted, so is every removal that was not lost, and a
+            # healthy pod has no more than one left. So this waits for no mark.
+            missed = [*owed, *lost]
+            if (missed or told in STALE) and self._heal(source, missed) and suspect:
+                self.shadows.begin(source)
+            self.shadows.take(
+                source,
+                keys,
+                reused,
+                reusable=max(0, length - 1) // size,
+                partial=length % size > 0,
+                foreseen=prediction.foreseen,
+                comparable=comparable,
+            )
         return Observation(*source, prediction.tokens, cached_tokens, error, outcome, drifting)
-
-    def _lose(self, heal: Heal, source: Source, lost: Sequence[int]) -> Sequence[int]:
-        """Take what was counted before the run of blocks that the run computed anew; give what may be left of it.
-
-        An engine's look-up ends at the first block that is missing, and what comes after is computed and stored anew.
-        Events come in order: once the new copies are counted, so is every removal that was not lost, and a healthy
-        pod has no more than one left. So this waits for no mark. The event of the run may still be on its way; then
-        there is nothing to take yet, and it is tried once more with the next observation.
-        """
-        self.held.discard(source, lost)
-        return lost if heal(source, lost) else ()
 
     def tallies(self) -> list[Tally]:
         """Give all that was observed, by source."""
@@ -209,22 +237,20 @@ class Observer:
                 elif before.get(source) == incarnations[source]:
                     continue
                 elif source in before:
-                    known.owed, known.reason, known.was_marked, known.test = (), "", False, DriftTest()
-                self.held.forget(source)
+                    known.begin()
+                self.shadows.forget(source)
 
 
-def _judge(prediction: Prediction, cached_tokens: int, error: int, size: int) -> Outcome:
-    if error > 0:
+def _judge(prediction: Prediction, cached_tokens: int, size: int) -> Outcome:
+    reused = cached_tokens // size
+    if prediction.tokens // size > reused:
         return "overstated"
-    if error < 0:
-        return (
-            "late" if cached_tokens // size <= (prediction.tokens + prediction.speculative) // size else "understated"
-        )
-    if prediction.elsewhere // size > cached_tokens // size:
+    if prediction.tokens // size < reused:
+        return "late" if reused <= (prediction.tokens + prediction.speculative) // size else "understated"
+    if prediction.elsewhere // size > reused:
         return "routed_elsewhere"
     return "reused" if cached_tokens >= size else "no_reuse_possible"
 
 
 def _reason_of(known: _Known) -> str:
-    over, under = known.outcomes["overstated"], known.outcomes["understated"]
-    return f"drifting: the engine reused less than the index said {over} times, more {under} times"
+    return f"drifting: the engine reused less than the index said {known.over} times, more {known.under} times"

@@ -94,6 +94,13 @@ class Overlay:
             self._drop_expired(now)
             return number - start
 
+    def reach(self, source: Source, keys: Sequence[int]) -> int:
+        """Give how many of the keys there are up to the last one that is noted for a source."""
+        now = self._clock()
+        with self._lock:
+            mine = self._until.get(source, OrderedDict())
+            return next((number for number in range(len(keys), 0, -1) if mine.get(keys[number - 1], 0.0) > now), 0)
+
     def _drop_expired(self, now: float) -> None:
         """Drop what outlived its time of the source that was added to the longest ago, if it has any."""
         while self._until:

@@ -591,8 +591,9 @@ def _free_ports():
 
 
 def _base_port(count: int = 32) -> int:
-    """Give the first of some free ports in a row."""
-    for base in range(21_557, 32_000, 2 * count):
+    """Give the first of some free ports in a row; tests that run beside each other look at different ones."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 5
+    for base in range(21_557 + 2_000 * worker, 23_557 + 2_000 * worker, count):
         with contextlib.ExitStack() as held:
             try:
                 for port in range(base, base + count):

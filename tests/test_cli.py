@@ -14,6 +14,7 @@ import pytest
 from kvindex.errors import UserError
 from kvindex.replay import run_replay
 from kvindex.score import run_score
+from kvindex.serve import _bound, _listen
 
 from .conftest import GOLDEN
 
@@ -125,7 +126,7 @@ def test_a_capture_that_cannot_be_checked_is_refused_by_the_line(tmp_path, lines
     file = tmp_path / "capture.jsonl"
     file.write_text("\n".join(lines))
     with pytest.raises(UserError, match=re.escape(says)):
-        run_replay(file, check=True)
+        run_replay([file], check=True)
 
 
 @pytest.mark.parametrize("status", [200, 500])
@@ -134,3 +135,16 @@ def test_what_is_no_score_is_refused(monkeypatch, status, content):
     monkeypatch.setattr(httpx, "post", lambda *_, **__: httpx.Response(status, content=content))
     with pytest.raises(UserError, match="http://elsewhere"):
         run_score("http://elsewhere", {"model": "m", "token_ids": [1]}, raw=False)
+
+
+def test_a_port_that_somebody_else_was_quicker_to_listen_at_is_one_line():
+    one, other = _bound("127.0.0.1", 0), None
+    try:
+        other = _bound("127.0.0.1", one.getsockname()[1])
+        one.listen()
+        with pytest.raises(UserError, match="choose another with --port"):
+            _listen(other)
+    finally:
+        one.close()
+        if other is not None:
+            other.close()

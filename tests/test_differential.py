@@ -135,8 +135,8 @@ def events(rng, source):
 def operation(rng):
     """Something that a writer does, as the name of a method and its arguments."""
     source = rng.choice(SOURCES)
-    what = rng.choices(["apply", "apply_all", "register", "restart", "degrade", "forget", "expire", "recount"],
-                       [20, 4, 2, 0.5, 1, 0.5, 0.5, 1])[0]  # fmt: skip
+    what = rng.choices(["apply", "apply_all", "register", "restart", "degrade", "forget", "expire", "recount",
+                        "surplus"], [20, 4, 2, 0.5, 1, 0.5, 0.5, 2, 2])[0]  # fmt: skip
     if what == "apply":
         return what, (source, events(rng, source)), {}
     if what == "apply_all":
@@ -147,7 +147,7 @@ def operation(rng):
         return what, (source,), {}
     if what == "degrade":
         return what, (source, rng.choice(["", "", "gap"])), {}
-    if what == "recount":
+    if what in ("recount", "surplus"):
         keys = [key for text in TEXTS for size in {*SIZES} for key in block_keys(text, "m", block_size=size)]
         return what, (source, rng.sample(keys, rng.randrange(len(keys)))), {}
     if what == "forget":

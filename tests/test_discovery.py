@@ -16,7 +16,6 @@ from litestar.testing import TestClient
 from indexer import Source, open_index
 from kvevents import DiscoveryError, EventPool, PodTaken, SubscriptionError
 from kvevents.discovery import (
-    Aliases,
     DnsDiscovery,
     DnsFollow,
     Endpoint,
@@ -28,9 +27,11 @@ from kvevents.discovery import (
     SglangFollow,
     Subscriptions,
     found_in,
-    normalise,
+    sglang,
 )
+from kvevents.discovery import follower as follower_module
 from kvevents.discovery.entry import RankEntry
+from kvevents.discovery.identity import Aliases, normalise
 from kvevents.endpoints import check_endpoint, endpoint_of_rank
 from kvevents.testing import Publisher, stored
 from kvindex.config import load
@@ -166,7 +167,7 @@ def test_a_pod_that_cannot_be_followed_leaves_the_others_and_is_tried_again(inde
         half = Found(name="bad", endpoints=(Endpoint("tcp://127.0.0.1:1"), Endpoint("tcp://nonsense")))
         told.say([half, pod("a", "tcp://127.0.0.1:2")])
         until(lambda: set(pool.connected()) == {"a"})
-        assert follower.stats()["pods_failed"] == 1
+        until(lambda: follower.stats()["pods_failed"] == 1)
         told.say([pod("bad", "tcp://127.0.0.1:1"), pod("a", "tcp://127.0.0.1:2")])
         until(lambda: set(pool.connected()) == {"a", "bad"})
         until(lambda: follower.stats()["pods_failed"] == 0)
@@ -351,6 +352,81 @@ def test_a_file_is_followed_through_every_change(tmp_path):
         until(lambda: not followed.pods)
 
 
+LEVELS = "\n".join(f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))
+MERGES = "\n".join(f"- &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}]}}" for n in range(1, 9))
+ENDS = "- &e [" + ", ".join(["{endpoint: 'tcp://h:1'}"] * 1_000) + "]"
+RANKS = "\n".join(f"- {{pod: p{n}, endpoints: *e}}" for n in range(2_000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"- &a0 [1, 2]\n{LEVELS}", f"- &m0 {{pod: x, endpoint: 'tcp://h:1'}}\n{MERGES}", f"{ENDS}\n{RANKS}"],
+    ids=["aliases", "merges", "endpoints"],
+)
+def test_a_file_that_says_little_and_means_much_is_refused(tmp_path, text):
+    path = tmp_path / "pods.yaml"
+    path.write_text(text)
+    with pytest.raises(DiscoveryError, match="more than 1000000 values, aliases included"):
+        FileDiscovery(path, interval_s=1.0).read()
+
+
+def test_a_file_may_use_aliases_and_itself_is_none(tmp_path):
+    path = tmp_path / "pods.yaml"
+    path.write_text("- &a {pod: a, endpoint: 'tcp://h:1', model: m}\n- {<<: *a, pod: b}\n")
+    assert [(found.name, found.endpoints[0].model) for found in FileDiscovery(path, interval_s=1.0).read()] == [
+        ("a", "m"),
+        ("b", "m"),
+    ]
+    for text in ("&a [*a]", "[" * 50_000, "- " + "9" * 10_000, "[]]"):
+        path.write_text(text)
+        with pytest.raises(DiscoveryError, match="pods"):
+            FileDiscovery(path, interval_s=1.0).read()
+
+
+def test_a_file_may_be_json_and_is_worked_out_once(tmp_path, monkeypatch):
+    path = tmp_path / "pods.json"
+    source = FileDiscovery(path, interval_s=1.0)
+    path.write_text('[{"pod": "a", "endpoint": "tcp://h:1"}]')
+    first = source.read()
+    monkeypatch.setattr(source, "_parse", None)
+    assert source.read() is first
+    monkeypatch.undo()
+    for text in ("[{]", '"\\ud800"', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(DiscoveryError, match="pods"):
+            source.read()
+
+
+def test_more_pods_than_a_fleet_has_are_an_error(monkeypatch):
+    monkeypatch.setattr(follower_module, "MAX_PODS", 2)
+    followed, told = Followed(), Told()
+    with following(followed, told) as follower:
+        told.say([pod("a", "tcp://h:1"), pod("b", "tcp://h:2")])
+        until(lambda: len(followed.pods) == 2)
+        told.say([pod(name, "tcp://h:1") for name in "abc"])
+        until(lambda: follower.stats()["sources_unavailable"] == 1)
+    assert set(followed.pods) == {"a", "b"}
+
+
+def test_who_only_reads_does_not_wait_for_a_pod_that_is_being_subscribed():
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def update(self, wanted):
+            if wanted:
+                begun.set()
+                assert go_on.wait(20.0)
+            return {}
+
+    told = Told()
+    with following(Slow(), told) as follower:
+        told.say([pod("a", "tcp://h:1")])
+        assert begun.wait(20.0)
+        assert (set(follower.pods()), follower.waiting(), follower.stats()["pods"]) == ({"a"}, [], 1)
+        assert follower.resolve(["a"]) == ["a"]
+        go_on.set()
+
+
 def test_a_file_may_be_toml(tmp_path):
     file = tmp_path / "pods.toml"
     file.write_text('[[pods]]\npod = "a"\nendpoint = "tcp://h:1"\nranks = 2\n')
@@ -370,11 +446,16 @@ class Zone(dnslib.server.BaseResolver):
     def __init__(self):
         self.records = {"A": [], "AAAA": []}
         self.rcode = "NOERROR"
-        self._servers = [dnslib.server.DNSServer(self, address="127.0.0.1", port=0, logger=_QUIET)]
-        self.port = self._servers[0].server.server_address[1]
-        self._servers.append(
-            dnslib.server.DNSServer(self, address="127.0.0.1", port=self.port, tcp=True, logger=_QUIET)
-        )
+        self._servers = []
+        while len(self._servers) < 2:  # the port of the one may be taken for the other
+            udp = dnslib.server.DNSServer(self, address="127.0.0.1", port=0, logger=_QUIET)
+            self.port = udp.server.server_address[1]
+            try:
+                tcp = dnslib.server.DNSServer(self, address="127.0.0.1", port=self.port, tcp=True, logger=_QUIET)
+            except OSError:
+                udp.server.server_close()
+            else:
+                self._servers = [udp, tcp]
         for server in self._servers:
             server.start_thread()
 
@@ -539,6 +620,37 @@ def test_an_sglang_server_that_moves_or_fails_is_followed(server):
 
 
 # --- HTTP and configuration
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        [],
+        {"kv_events": []},
+        {"kv_events": {}},
+        {"kv_events": {"endpoint_port_base": "5557"}},
+        {"kv_events": {"endpoint_port_base": 70_000}},
+        {"kv_events": {"endpoint_port_base": 5557, "dp_size": 10**9}},
+        {"kv_events": {"endpoint_port_base": 65_535, "dp_size": 2}},
+        {"kv_events": {"endpoint_port_base": 5557, "endpoint_host": "a b"}},
+        {"kv_events": {"endpoint_port_base": 5557, "topic": 5}},
+    ],
+    ids=str,
+)
+def test_an_sglang_server_that_answers_nonsense_is_an_error_of_that_source(server, answer):
+    server.answers["/server_info"] = server.answers["/get_server_info"] = answer
+    with pytest.raises(DiscoveryError, match="sglang"):
+        SglangDiscovery(SglangFollow(url=server.url), interval_s=1.0).read()
+
+
+def test_an_sglang_server_that_never_ends_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(sglang, "ANSWER_S", -1.0)
+    server.answers["/server_info"] = {"kv_events": {"endpoint_port_base": 5557}}
+    with pytest.raises(DiscoveryError, match="not answered whole"):
+        SglangDiscovery(SglangFollow(url=server.url), interval_s=1.0).read()
 
 
 def test_pods_are_registered_over_http(index):

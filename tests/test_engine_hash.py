@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from indexer import BlockStored
-from kvevents import decode_batch, recognise_hashes
+from kvevents import decode_batch, engine_hash, recognise_hashes
 from kvevents.engine_hash import ALGORITHMS, cbor, recompute
 
 from .conftest import GOLDEN, read_capture
@@ -43,6 +43,14 @@ def test_a_block_size_that_the_hashes_contradict_is_named():
     ]
     found = recognise_hashes(lying)
     assert (found.matched, found.block_size, found.said_block_size) == (0, 16, 8)
+
+
+def test_only_so_much_is_computed_again(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(engine_hash, "_gives", lambda _, __, event, ___: hashed.append(len(event.token_ids)) or 0)
+    event = BlockStored(block_hashes=[1], parent_block_hash=None, token_ids=array("I", [0]) * 40_000, block_size=40_000)
+    recognise_hashes([event] * 3, ["0"])
+    assert hashed == [40_000] * len(engine_hash.ALGORITHMS)
 
 
 def test_what_is_not_all_on_the_wire_is_left_alone():

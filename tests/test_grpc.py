@@ -490,6 +490,9 @@ def test_what_is_counted(service):
     ):
         assert after[name] - before[name] == more, name
     assert {MODEL} <= set(service.asked.names()[0])
+    service.asked.forget()
+    service.call(OURS, ours(pods=[ADDRESS]))
+    assert service.asked.names() == ([MODEL], ["pod-a"])  # as it is followed, whatever it was asked for by
 
 
 # ---- health, reflection, the life of a server

@@ -71,6 +71,13 @@ def test_pods_are_found_with_address_uid_and_model(api, follow):
     assert annotated.pods["vllm-2"].endpoints[0].model == "Qwen/Qwen3-8B"
 
 
+def test_a_pod_whose_address_is_none_leaves_the_others(api, follow):
+    api.set(pod_document("odd", "not an address", "uid-2"))
+    followed = follow()
+    until(lambda: set(followed.pods) == {"vllm-0", "vllm-1"})
+    assert followed.follower.stats()["errors_total"] == 0
+
+
 def test_readiness_deletion_and_return_under_another_address_and_uid(api, follow):
     followed = follow()
     until(lambda: set(followed.pods) == {"vllm-0", "vllm-1"})

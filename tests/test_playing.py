@@ -14,6 +14,7 @@ import pytest
 from indexer import open_index
 from kvevents import EventPool, Message
 from kvindex import playing
+from kvindex.captures import Capture
 from kvindex.errors import UserError
 from kvindex.playing import paced, run_play, speed_of
 from kvindex.replay import run_replay
@@ -87,7 +88,9 @@ def test_a_capture_played_over_sockets_ends_as_it_does_without(tmp_path, name):
         index = open_index()
         with EventPool(index) as pool:
             pool.subscribe(pod["pod"], pod["endpoint"], replay=pod["replay"], model=pod["model"])
-            assert "messages played" in process.stderr.readline()
+            said = iter(process.stderr.readline, "")
+            played = next(line for line in said if "played" in line)
+            assert played.split()[1:3] == ["of", str(sum(line["kind"] == "message" for line in lines))]
             wait_for(pool, lines)
             scorer = PrefixScorer(index, meta["block_size"])
             for query in queries:
@@ -108,23 +111,39 @@ def wait_for(pool, lines):
     raise AssertionError(f"message {last} never came: {pool.stats()}")
 
 
-def test_a_port_that_is_taken_is_said(tmp_path):
+def play(file, **options):
+    default = {"speed": math.inf, "host": "127.0.0.1", "base_port": 0, "wait_subscribers": 0, "hold": 0.0}
+    return run_play(Capture([file]), **default | {"model": "", "as_json": False} | options)
+
+
+def test_ports_that_cannot_be_had_are_said():
     with pytest.raises(UserError, match="cannot bind"):
-        run_play(
-            [({}, batch(0.0))],
-            speed=math.inf,
-            host="203.0.113.1",
-            base_port=5557,
-            wait_subscribers=0,
-            hold=0.0,
-            model="",
-            as_json=False,
-        )
+        play(GOLDEN[0], host="203.0.113.1", base_port=5557)
+    with pytest.raises(UserError, match="65535; take a lower"):
+        play(GOLDEN[0], base_port=65_535)
+
+
+def test_what_has_no_messages_or_too_many_pods_is_not_played(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text("")
+    with pytest.raises(UserError, match="no messages"):
+        play(file)
+    file.write_text("".join(json.dumps({"topic": f"kv@{n}@m", "seq": 0, "payload": ""}) + "\n" for n in range(1025)))
+    with pytest.raises(UserError, match="line 1025: more than 1024 pods"):
+        play(file)
+
+
+def test_times_that_nobody_can_wait_for_end_nothing():
+    stop = threading.Event()
+    stop.set()
+    lines = [({"arrival": at}, batch(0.0)) for at in (0.0, 1e300, math.inf)]
+    assert list(paced(lines, 1.0, stop)) == []
+    assert len(list(paced([*lines[:1], *lines[2:]], 1.0))) == 2
 
 
 def test_publishing_goes_where_it_is_told():
     got = []
-    assert run_replay(GOLDEN[0], publish=lambda messages: got.append(len(messages)) or 3) == 3
+    assert run_replay([GOLDEN[0]], publish=lambda capture: got.append(len(list(capture.messages()))) or 3) == 3
     assert got == [sum(line["kind"] == "message" for line in read_capture(GOLDEN[0]))]
 
 
@@ -144,7 +163,7 @@ class Idle:
     def connected(self):
         return {}
 
-    heard = sequences = stats = connected
+    heard = sequences = stats = unheard = connected
 
 
 def test_a_running_service_is_watched():

@@ -1,5 +1,6 @@
 """The pool over real sockets and without."""
 
+import errno
 import threading
 from types import SimpleNamespace
 
@@ -163,8 +164,8 @@ def context():
 def wait_for(pool, count):
     reached = threading.Event()
     for _ in range(1000):
-        pool.drain()
         if pool.stats().get("received_total", 0) >= count:
+            pool.drain()
             return
         reached.wait(0.01)
     pytest.fail(f"{count} messages never came: {pool.stats()}")
@@ -337,3 +338,33 @@ def test_live_messages_make_room_before_what_was_asked_for_and_notes_never_do():
     assert taken == [come[0], come[1], come[2], come[5]]
     assert queue.dropped == 2
     assert queue.messages == queue.bytes == 0
+
+
+def test_it_is_counted_what_each_source_said_and_lacks(index):
+    with EventPool(index, model="m") as pool:
+        for seq in (0, 1, 5, 6, 9):
+            pool.submit(message(seq, STORED))
+        pool.submit(message(0, STORED, rank=1))
+        pool.drain()
+        heard = pool.heard()
+        assert {source: (last.messages, last.gaps) for source, last in heard.items()} == {
+            Source("pod-a"): (5, 2),
+            Source("pod-a", 1): (1, 0),
+        }
+        pool.unsubscribe("pod-a")
+        assert pool.heard() == {}
+
+
+def test_as_many_pods_are_followed_as_the_files_allow(index, monkeypatch):
+    with EventPool(index) as pool:
+        for number in range(400):  # libzmq's own limit is reached at 340
+            pool.subscribe(f"pod-{number}", f"ipc:///nowhere/{number}")
+        monkeypatch.setattr(zmq.Context, "socket", no_more)
+        with pytest.raises(SubscriptionError, match="ulimit"):
+            pool.subscribe("one-more", "ipc:///nowhere/more")
+        monkeypatch.undo()
+        pool.subscribe("one-more", "ipc:///nowhere/more")
+
+
+def no_more(*_):
+    raise zmq.ZMQError(errno.EMFILE)

@@ -1,5 +1,6 @@
 """Recording, and playing what was recorded."""
 
+import errno
 import gzip
 import json
 import os
@@ -7,12 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from kvevents import Heard, Listener, Recorder, RecordingError, SubscriptionError, ask_replay, pods_of
+from kvevents import Heard, LinkChange, Listener, Recorder, RecordingError, SubscriptionError, ask_replay
 from kvevents.testing import Publisher, stored
-from kvindex.record import run_record
+from kvindex.errors import UserError
+from kvindex.reach import Reach
+from kvindex.record import pods_of, run_record
 from kvindex.replay import run_replay
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -77,7 +81,7 @@ def test_bounds_folders_and_endpoints_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordingError, match="folder"):
         Recorder(tmp_path / "file")
-    with pytest.raises(RecordingError, match="twice"):
+    with pytest.raises(UserError, match="twice"):
         pods_of(["a=tcp://x", "tcp://x"])
     with pytest.raises(SubscriptionError, match="nonsense"):
         Listener(["nonsense"])
@@ -99,11 +103,48 @@ def test_a_recording_of_real_sockets_can_be_replayed(tmp_path, capsys):
         (path,) = iter_until(lambda: [p for p in tmp_path.glob("*.part") if count_flushed(p) == 2], thread)
         stop.set()
         thread.join()
-    assert run_replay(path.with_name(path.name.removesuffix(".part")), model="m") == 0
+    assert run_replay([path.with_name(path.name.removesuffix(".part"))], model="m") == 0
     said = capsys.readouterr().out
     assert "2 messages, 2 events, 0 gaps" in said
     assert "pod-a" in said
     assert "pod-b" in said
+
+
+def test_a_disk_that_is_full_is_said_whenever_that_shows(tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for flush in ("flush", "tick"):
+        recorder = Recorder(tmp_path)
+        recorder.write(heard(0))
+        recorder.flush()
+        recorder.write(heard(1))
+        monkeypatch.setattr(recorder, "_flush_at", 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder, "_file", SimpleNamespace(flush=full, write=len, close=full))
+            with pytest.raises(RecordingError, match=r"No space left.*2 messages recorded; make room"):
+                getattr(recorder, flush)()
+        recorder.close()
+
+
+def test_what_becomes_of_connections_is_said_once():
+    reach = Reach("kv@", 0.0)
+
+    def said(*events):
+        return [text for event in events if (text := reach.change(LinkChange("e", event, 0.0)))]
+
+    assert said("refused", "refused", "reached") == ["e: nobody listens there yet; trying on"]
+    assert said("reached", "lost", "refused", "mismatched") == [
+        "e: something else than a publisher listens there: the replay socket's port, or HTTP's?"
+    ]
+    assert said("agreed") == ["e: connected"]
+    assert (reach.quiet(9.0), len(reach.quiet(10.0)), reach.quiet(11.0)) == ([], 1, [])
+    assert said("lost", "refused", "lost") == ["e: the connection ended; trying on"]
+    assert said("agreed", "lost") == ["e: connected", "e: the connection ended; trying on"]
+    heard_of = Reach("", 0.0)
+    heard_of.change(LinkChange("e", "agreed", 0.0))
+    heard_of.heard("e")
+    assert heard_of.quiet(10.0) == []
 
 
 def iter_until(look, thread):

@@ -241,3 +241,40 @@ def test_a_message_that_cannot_be_read_is_missed_until_the_cache_is_cleared(inde
         assert status(index).degraded
         engine.clear()
         until(lambda: is_exact(index, engine))
+
+
+def test_the_topic_of_a_replay_names_the_model(index, engine):
+    engine.publisher.topic = b"kv@elsewhere@" + MODEL.encode()
+    engine.store()
+    with EventPool(index) as pool:
+        pool.subscribe(POD, engine.publisher.endpoint, replay=engine.publisher.replay)
+        until(lambda: is_exact(index, engine))
+        assert status(index).model == MODEL
+
+
+def test_a_filter_that_keeps_out_what_a_pod_publishes_is_found_by_its_replay(index, engine):
+    engine.publisher.topic = b"kv@pod-a@m"
+    engine.store()
+    with EventPool(index) as pool:
+        engine.follow(pool, topic="kv@")
+        engine.follow(pool, pod="deaf", topic="nope")
+        until(lambda: pool.unheard() == {"deaf": "kv@pod-a@m"})
+        until(lambda: is_exact(index, engine))
+        pool.unsubscribe("deaf")
+        until(lambda: pool.unheard() == {})
+
+
+def test_lag_is_of_what_came_by_itself(index, engine):
+    for _ in range(3):
+        engine.store()
+    with EventPool(index) as pool:
+        engine.follow(pool)
+        until(lambda: is_exact(index, engine))
+        (heard,) = pool.heard().values()
+        assert (heard.messages, heard.live_at, heard.lag_s) == (3, None, None)
+        engine.store()
+        until(lambda: is_exact(index, engine))
+        (heard,) = pool.heard().values()
+        assert heard.messages == 4
+        assert 0.0 <= heard.lag_s < 60.0
+        assert heard.live_at <= heard.at

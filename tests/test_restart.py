@@ -74,8 +74,6 @@ def counter(port, name):
 @pytest.fixture
 def fleet():
     with Fleet(3, num_blocks=800) as fleet:
-        for pod in fleet.pods:
-            pod.publisher.buffer_steps = RING
         yield fleet
 
 
@@ -107,6 +105,8 @@ def test_a_service_that_is_killed_under_load_goes_on_where_there_is_a_snapshot(f
         for _ in range(4 * RING):
             load.step()
         assert check(fleet, workload, port, degraded=0) == []
+        for pod in fleet.pods:
+            pod.publisher.buffer_steps = RING
         load.start()
         if way == "file":
             written = counter(port, "kvindex_snapshots_written_total")

@@ -281,14 +281,25 @@ def test_both_scorers_say_what_the_pods_of_a_fleet_hold(server):
         assert said.count(f"http://127.0.0.1:{port}: 50 prompts x 4 pods equal") >= 2, said
 
 
-def test_the_pods_of_the_compose_file_are_those_of_its_fleet():
+def test_the_pods_of_the_compose_file_are_those_of_its_fleet_and_servers():
     services = yaml.safe_load((Path(__file__).parent.parent / "compose.yaml").read_text())["services"]
-    options = services["fleet"]["command"][1:]
-    pods, port = (int(options[options.index(name) + 1]) for name in ("--pods", "--base-port"))
-    with Fleet(pods) as fleet:
-        names = [entry["pod"] for entry in fleet.endpoints()]
+
+    def published(service, prefix, port_option):
+        options = dict(zip(services[service]["command"], services[service]["command"][1:], strict=False))
+        port = int(options[port_option])
+        return [
+            (
+                f"{prefix}-{n:02}",
+                f"tcp://{service}:{port + 2 * n}",
+                f"tcp://{service}:{port + 2 * n + 1}",
+                options["--model"],
+            )
+            for n in range(int(options["--pods"]))
+        ]
+
+    expected = published("fleet", "pod", "--base-port") + published("servers", "sim", "--events-port")
+    with Fleet(4) as fleet:
+        assert [entry["pod"] for entry in fleet.endpoints()] == [pod for pod, *_ in expected[:4]]
     for builder in ("builder-0", "builder-1"):
         listed = json.loads(services[builder]["environment"]["KVINDEX_PODS"])
-        assert [pod["pod"] for pod in listed] == names
-        assert [pod["endpoint"] for pod in listed] == [f"tcp://fleet:{port + 2 * n}" for n in range(pods)]
-        assert {pod["model"] for pod in listed} == {options[options.index("--model") + 1]}
+        assert [(pod["pod"], pod["endpoint"], pod["replay"], pod["model"]) for pod in listed] == expected

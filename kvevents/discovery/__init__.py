@@ -1,23 +1,21 @@
 """Where pods come from: lists, files, DNS, Kubernetes, SGLang servers, requests. One `Follower` asks them all."""
 
-from kvevents.discovery.base import Discovery, Endpoint, Follow, Found
+from kvevents.discovery.base import Discovery, Endpoint, Found
 from kvevents.discovery.dns import DnsDiscovery, DnsFollow
 from kvevents.discovery.entry import PodBody, PodEntry, found_in, found_of
 from kvevents.discovery.file import FileDiscovery
 from kvevents.discovery.follower import Follower, Target
-from kvevents.discovery.identity import Aliases, Identity, identity_of, normalise
+from kvevents.discovery.identity import Identity, host_of
 from kvevents.discovery.kubernetes import KubernetesDiscovery, KubernetesFollow
 from kvevents.discovery.sglang import SglangDiscovery, SglangFollow
 from kvevents.discovery.subscriptions import Subscriptions
 
 __all__ = [
-    "Aliases",
     "Discovery",
     "DnsDiscovery",
     "DnsFollow",
     "Endpoint",
     "FileDiscovery",
-    "Follow",
     "Follower",
     "Found",
     "Identity",
@@ -31,6 +29,5 @@ __all__ = [
     "Target",
     "found_in",
     "found_of",
-    "identity_of",
-    "normalise",
+    "host_of",
 ]

@@ -14,6 +14,8 @@ from kvevents.errors import DiscoveryError, PodTaken, SubscriptionError
 
 RETRY_S = 0.5
 RETRY_MAX_S = 30.0
+MAX_PODS = 16_384
+"""Of one source. More is not a fleet but somebody else's answer."""
 _JOIN_S = 1.0
 
 
@@ -51,6 +53,7 @@ class Follower:
         self._retry_s = retry_s
         self._retry_max_s = retry_max_s
         self._log = structlog.get_logger("kvevents")
+        # held while pods are subscribed, which may wait for sockets and for Redis: who only reads must not wait for it
         self._lock = threading.RLock()
         self._fixed = list(fixed)
         self._seen: list[Sequence[Found] | None] = [None] * len(self._sources)
@@ -129,27 +132,24 @@ class Follower:
 
     def pods(self) -> dict[str, Found]:
         """Give all pods that are wanted, by the name they are followed under."""
-        with self._lock:
-            return dict(self._wanted)
+        return dict(self._wanted)
 
     def waiting(self) -> list[str]:
         """Give the sources that have not said anything yet."""
-        with self._lock:
-            return [source.label for source, seen in zip(self._sources, self._seen, strict=True) if seen is None]
+        return [source.label for source, seen in zip(self._sources, self._seen, strict=True) if seen is None]
 
     def stats(self) -> dict[str, int]:
         """Give all counters and gauges. Names that end in ``_total`` are counters."""
-        with self._lock:
-            names = ("added_total", "removed_total", "replaced_total", "errors_total")
-            gauges = {
-                "pods": len(self._wanted),
-                "pods_failed": len(self._failed),
-                "pods_set_aside": len(self._set_aside),
-                "conflicts": len(self._conflicts),
-                "sources": len(self._sources),
-                "sources_unavailable": len(self._down),
-            }
-            return {name: self._counters[name] for name in names} | gauges
+        names = ("added_total", "removed_total", "replaced_total", "errors_total")
+        gauges = {
+            "pods": len(self._wanted),
+            "pods_failed": len(self._failed),
+            "pods_set_aside": len(self._set_aside),
+            "conflicts": len(self._conflicts),
+            "sources": len(self._sources),
+            "sources_unavailable": len(self._down),
+        }
+        return {name: self._counters[name] for name in names} | gauges
 
     def _run(self, number: int) -> None:
         source, failures = self._sources[number], 0
@@ -167,6 +167,8 @@ class Follower:
             self._stop.wait(min(self._retry_max_s, self._retry_s * 2 ** min(failures, 16)))
 
     def _take(self, number: int, pods: Sequence[Found]) -> None:
+        if len(pods) > MAX_PODS:
+            raise DiscoveryError(f"{self._sources[number].label}: {len(pods)} pods, at most {MAX_PODS} are followed")
         with self._lock:
             unchanged = self._seen[number] is not None and list(self._seen[number] or ()) == list(pods)
             self._seen[number] = list(pods)

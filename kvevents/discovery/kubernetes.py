@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from msgspec import Meta
 
 from kvevents.discovery.base import Follow, Found
-from kvevents.errors import DiscoveryError
+from kvevents.errors import DiscoveryError, SubscriptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,9 +110,13 @@ class KubernetesDiscovery:
         model = (metadata.labels or {}).get(follow.model_label) or (metadata.annotations or {}).get(
             follow.model_annotation
         )
+        try:
+            endpoints = follow.endpoints(status.podIP, str(model or ""))
+        except SubscriptionError:  # an address that is none: the others are followed all the same
+            return None
         return Found(
             name=metadata.name,
-            endpoints=follow.endpoints(status.podIP, model or ""),
+            endpoints=endpoints,
             uid=metadata.uid or "",
             ip=status.podIP,
             port=follow.service_port,

@@ -1,6 +1,7 @@
 """SGLang servers, which say themselves where they publish their events."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from kvevents.endpoints import tcp
 from kvevents.errors import DiscoveryError, SubscriptionError
 
 TIMEOUT_S = 5.0
+ANSWER_S = 15.0
 MAX_BYTES = 4 * 1024 * 1024
 _WILDCARDS = {"", "*", "0.0.0.0", "::", "[::]"}
 
@@ -103,6 +105,7 @@ class SglangDiscovery:
         """Give what is there; nothing where the server knows no such path, as older ones do."""
         import httpx
 
+        until = time.monotonic() + ANSWER_S
         with httpx.stream("GET", self._base + path, timeout=TIMEOUT_S) as answer:
             if answer.status_code == 404 and path == "/server_info":
                 return b""
@@ -110,6 +113,8 @@ class SglangDiscovery:
             data = bytearray()
             for part in answer.iter_bytes():
                 data += part
+                if time.monotonic() > until:
+                    raise DiscoveryError(f"{self.label}: {path} was not answered whole within {ANSWER_S:.0f} s")
                 if len(data) > MAX_BYTES:
                     raise DiscoveryError(f"{self.label}: {path} is larger than {MAX_BYTES} bytes")
         return bytes(data)

@@ -4,7 +4,10 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-Level: TypeAlias = Literal["ok", "warn", "bad"]
+from kvevents import discovery
+
+Level: TypeAlias = Literal["ok", "advice", "warn", "bad"]
+"""`warn` and `bad` are troubles; `advice` is what could be better where nothing is wrong."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -21,6 +24,11 @@ class Finding(msgspec.Struct, frozen=True):
     """What to do about it."""
 
 
+def is_trouble(finding: Finding) -> bool:
+    """Say whether something is wrong, and not only as it could be better."""
+    return finding.level in ("warn", "bad")
+
+
 def ok(check: str, what: str) -> Finding:
     """Say that all is well."""
     return Finding(check, "ok", what)
@@ -33,14 +41,7 @@ def one_of_same_name(name: str, others: "list[str] | set[str]") -> str | None:
 
 
 def misspelt_pod(asked: str, known: "list[str] | set[str]") -> str | None:
-    """Give the name that is known where only one of the two has a port, ``10.0.0.7`` for ``10.0.0.7:8000``."""
-    host = _without_port(asked)
-    return next((name for name in sorted(known) if name != asked and _without_port(name) == host), None)
-
-
-def _without_port(name: str) -> str:
-    head, colon, tail = name.rpartition(":")
-    # an IPv6 address has colons of its own: there a port follows a bracket
-    if colon and tail.isdigit() and (":" not in head or head.endswith("]")):
-        return head.strip("[]")
-    return name.strip("[]")
+    """Give the name that is known of the same host with another port or none, ``10.0.0.7`` for ``10.0.0.7:8000``."""
+    host = discovery.host_of(asked)
+    same = (name for name in sorted(known) if name != asked and discovery.host_of(name) == host)
+    return next(same, None) if host else None

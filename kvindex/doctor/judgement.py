@@ -110,7 +110,7 @@ def _replay(seen: Observation) -> Iterator[Finding]:
     if replay is None:
         yield Finding(
             "replay",
-            "warn",
+            "advice",
             "no replay endpoint was given",
             "without one, what was said before we listened and what is lost stays unknown",
             'set "replay_endpoint": "tcp://*:5558" in --kv-events-config, and give it with --replay and to kvindex',
@@ -142,7 +142,7 @@ def _replay(seen: Observation) -> Iterator[Finding]:
     elif replay.first:
         yield Finding(
             "replay",
-            "ok",
+            "advice",
             f"{replay.count} messages deep, from {replay.first} to {replay.last}",
             "what came before has left its buffer: a builder that starts now does not know it",
             "make `buffer_steps` larger, or keep snapshots, where that matters",
@@ -199,8 +199,10 @@ def _dialect(seen: Observation) -> Iterator[Finding]:
 
 def _order(seen: Observation) -> Iterator[Finding]:
     replay = seen.replay
-    went_back = replay is not None and None not in (replay.last, seen.last_seq) and _is_behind(replay.last, seen)
-    if seen.restarts or went_back or (seen.links["lost"] and seen.links["agreed"] > 1):
+    # a replay without its end may have more to come
+    went_back = replay is not None and replay.is_complete and _is_behind(replay.last, seen)
+    came_again = seen.links["lost"] and seen.links["agreed"] > 1
+    if seen.restarts or went_back or came_again:
         yield Finding(
             "order",
             "warn",
@@ -217,7 +219,7 @@ def _order(seen: Observation) -> Iterator[Finding]:
             "the engine's queue (hwm) or the network dropped them",
             "give kvindex the replay endpoint, so that it fetches them; make `hwm` in --kv-events-config larger",
         )
-    if not seen.restarts and not seen.missing and seen.messages and not went_back:
+    if seen.messages and not (seen.restarts or went_back or came_again or seen.missing):
         yield ok("order", f"numbers {seen.first_seq} to {seen.last_seq} without a gap")
 
 
@@ -229,7 +231,14 @@ def _orphans(seen: Observation) -> Iterator[Finding]:
     if not seen.parents:
         return
     share = seen.orphans / len(seen.parents)
-    is_all_known = seen.replay is not None and seen.replay.is_complete and seen.replay.first == 0
+    replay = seen.replay
+    is_all_known = (
+        replay is not None
+        and replay.is_complete
+        and replay.first == 0
+        and replay.studied == replay.count
+        and not seen.is_full
+    )
     what = f"{seen.orphans} of {len(seen.parents)} stores follow a block that nobody announced"
     if share <= _ORPHANS:
         yield ok("orphans", what)
@@ -244,7 +253,7 @@ def _orphans(seen: Observation) -> Iterator[Finding]:
     else:
         yield Finding(
             "orphans",
-            "ok",
+            "advice",
             what,
             "they were announced before we listened",
             "with a replay endpoint they are known, unless they are older than its buffer",
@@ -312,9 +321,9 @@ def pod_unknown(asked: str, known: set[str]) -> Finding:
         "pod",
         "bad",
         f"the router says {asked!r}, the events say {', '.join(map(repr, sorted(known)[:3]))}",
-        f"{like!r} for {asked!r}: one of them has the port, the other has not" if like else "two names for one pod",
-        f"subscribe it as {asked!r} in the configuration of kvindex (`pod`), which goes before the topic; or set the "
-        f"engine's topic to kv@{asked}@<model>",
+        f"{like!r} for {asked!r}: the same host, with another port or none" if like else "two names for one pod",
+        f"subscribe it as {asked!r} in the configuration of kvindex (`pod`), which goes before the topic, or give its "
+        f"`address` there; or set the engine's topic to kv@{asked}@<model>",
     )
 
 
@@ -333,14 +342,15 @@ def model_unknown(asked: str, known: set[str], *, is_alias: bool = False) -> Fin
     """Say why a model that is asked for is none that is known."""
     names = ", ".join(map(repr, sorted(known)[:3])) or "none"
     like = one_of_same_name(asked, known)
+    spelt = repr(like) if like else names
     return Finding(
         "model",
         "bad",
         f"asked for {asked!r}, events are of {names}",
-        f"a model alias: {asked!r} and {like or names} are served by the same engine"
+        f"a model alias: {asked!r} is {spelt} under another name (--served-model-name)"
         if like or is_alias
         else "another model, or an alias of it (--served-model-name)",
-        f"ask for {like or names}, or subscribe the pod with model = {asked!r}, which goes before the topic",
+        f"ask for {spelt}, or subscribe the pod with model = {asked!r}, which goes before the topic",
     )
 
 

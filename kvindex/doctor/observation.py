@@ -2,7 +2,7 @@
 
 from collections import Counter
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,9 +16,11 @@ from kvevents import (
     parse_topic,
 )
 
+_T = TypeVar("_T")
 _MOST_NAMES = 64
 _MOST_HASHES = 1_000_000
 _MOST_ROOTS = 64
+_MOST_TOKENS = 65_536
 _MOST_LAGS = 4_096
 _MOST_TEXT = 80
 
@@ -47,6 +49,8 @@ class ReplaySeen(msgspec.Struct):
     last: int | None
     is_complete: bool
     is_reached: bool
+    studied: int
+    """How many of its messages were looked into."""
 
 
 class Observation(msgspec.Struct):
@@ -66,7 +70,6 @@ class Observation(msgspec.Struct):
     """Numbers that were left out."""
     restarts: int = 0
     """How often numbers went back."""
-    ranks: Counter[int] = msgspec.field(default_factory=Counter)
     undecodable: Counter[str] = msgspec.field(default_factory=Counter)
     """Whole messages, by reason."""
     discards: Counter[str] = msgspec.field(default_factory=Counter)
@@ -75,19 +78,17 @@ class Observation(msgspec.Struct):
     """Events by shape: ``map``, ``array``, ``short array`` (without medium or adapter's name), ``packed``."""
     unknown_fields: Counter[str] = msgspec.field(default_factory=Counter)
     block_sizes: Counter[int] = msgspec.field(default_factory=Counter)
-    hash_types: Counter[str] = msgspec.field(default_factory=Counter)
-    stored: int = 0
-    """Blocks that entered, live."""
-    removed: int = 0
     lags: list[float] = msgspec.field(default_factory=list)
     """Seconds from the engine's time to ours, of live messages."""
     roots: list[BlockStored] = msgspec.field(default_factory=list)
-    """The first stores at a prompt's start."""
+    """The first stores at a prompt's start, of those that are not very long."""
     replay: ReplaySeen | None = None
     parents: list[int | bytes] = msgspec.field(default_factory=list)
     """Blocks that live stores follow."""
     names: set[int | bytes] = msgspec.field(default_factory=set)
     """Blocks that were announced, live or in the replay."""
+    is_full: bool = False
+    """Whether there were more of them than are remembered."""
 
     @property
     def lag(self) -> float | None:
@@ -133,8 +134,16 @@ class Observation(msgspec.Struct):
     def take_replay(self, endpoint: str, answer: ReplayAnswer) -> None:
         """Look at what a replay socket answered."""
         self.replay = ReplaySeen(
-            endpoint, answer.received, answer.first, answer.last, answer.is_complete, answer.is_reached
+            endpoint,
+            answer.received,
+            answer.first,
+            answer.last,
+            answer.is_complete,
+            answer.is_reached,
+            len(answer.messages),
         )
+        if answer.topic is not None:
+            _count(self.topics, answer.topic.decode(errors="replace")[: 4 * _MOST_TEXT])
         for _, payload in answer.messages:
             self._study(payload, is_live=False)
 
@@ -145,29 +154,25 @@ class Observation(msgspec.Struct):
         except (DecodeError, msgspec.DecodeError, RecursionError) as error:
             self.undecodable[error.reason if isinstance(error, DecodeError) else "bad_msgpack"] += 1
             return None
-        self.ranks[batch.rank or 0] += 1
         self.discards.update(batch.discards)
         for item in raw["events"] if isinstance(raw, dict) else raw[1]:
             self._shape(item)
         for event in batch.events:
             if isinstance(event, BlockStored):
                 self._store(event, is_live=is_live)
-            elif is_live:
-                self.removed += len(getattr(event, "block_hashes", ()))
         return batch.ts
 
     def _store(self, event: BlockStored, *, is_live: bool) -> None:
         if event.block_size:
-            self.block_sizes[event.block_size] += 1
-        for name in event.block_hashes[:1]:
-            self.hash_types["64 bits" if isinstance(name, int) else f"{len(name)} bytes"] += 1
+            _count(self.block_sizes, event.block_size)
         if len(self.names) < _MOST_HASHES:
             self.names.update(event.block_hashes)
-        if is_live:
-            self.stored += len(event.block_hashes)
-            if event.parent_block_hash is not None and len(self.parents) < _MOST_HASHES:
-                self.parents.append(event.parent_block_hash)
-        if event.parent_block_hash is None and len(self.roots) < _MOST_ROOTS:
+        else:
+            self.is_full = True
+        if is_live and event.parent_block_hash is not None and len(self.parents) < _MOST_HASHES:
+            self.parents.append(event.parent_block_hash)
+        is_short = len(event.token_ids) <= _MOST_TOKENS
+        if event.parent_block_hash is None and is_short and len(self.roots) < _MOST_ROOTS:
             self.roots.append(event)
 
     def _shape(self, item: Any) -> None:  # noqa: ANN401  (off the wire)
@@ -186,7 +191,7 @@ class Observation(msgspec.Struct):
             self.shapes["packed"] += 1
 
 
-def _count(counter: Counter[str], name: str) -> None:
+def _count(counter: Counter[_T], name: _T) -> None:
     """Count a name that came off the wire: only so many different ones are remembered."""
     if name in counter or len(counter) < _MOST_NAMES:
         counter[name] += 1

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import httpx
 import msgspec
 
-from kvindex.doctor.findings import Finding
+from kvindex.doctor.findings import Finding, is_trouble
 from kvindex.doctor.fleet import judge_service
 from kvindex.doctor.judgement import Expected, judge
-from kvindex.doctor.probe import ask_engine, observe
+from kvindex.doctor.probe import ask_engine, fetch, observe
 from kvindex.errors import UserError
 from kvindex.stats import Stats
 
@@ -35,19 +35,23 @@ def run_doctor(
     engine: str,
     as_json: bool,
 ) -> int:
-    """Print what is found; 0 where all is well, 1 where not. Raises `UserError` and `SubscriptionError`."""
+    """Print what is found; 0 where nothing is wrong, also if it could be better, else 1.
+
+    Raises `UserError` and `SubscriptionError`.
+    """
     if not endpoints and not url:
         raise UserError("nothing to look at: name what pods publish at (tcp://10.0.0.7:5557), or --url of a service")
-    if len(replays) > len(endpoints) or len(set(endpoints)) < len(endpoints):
+    twice = next((one for one in endpoints if endpoints.count(one) > 1), None)
+    if twice is not None:
+        raise UserError(f"endpoint {twice!r} is named twice")
+    if len(replays) > len(endpoints):
         raise UserError(f"{len(replays)} --replay for {len(endpoints)} endpoints: one for each, in order, at most")
     if len(pods) > len(endpoints) > 0 and not url:
         raise UserError(f"{len(pods)} --pod for {len(endpoints)} endpoints: one for each, in order, at most")
     reports = []
     if endpoints:
-        if sys.stderr.isatty():
-            print(f"listening for {seconds:.0f} s ...", file=sys.stderr)
         engine_seen = ask_engine(engine) if engine else None
-        for number, seen in enumerate(observe(endpoints, replays, seconds)):
+        for number, seen in enumerate(observe(endpoints, replays, seconds, _say)):
             pod = pods[number] if number < len(pods) else ""
             expected = Expected(pod, model, block_size, topic, seeds)
             reports.append(_Report(seen.endpoint, judge(seen, expected, engine_seen)))
@@ -60,15 +64,13 @@ def run_doctor(
     else:
         for report in reports:
             _print(report)
-    return int(any(finding.level != "ok" for report in reports for finding in report.findings))
+    return int(any(is_trouble(finding) for report in reports for finding in report.findings))
 
 
 def fetch_stats(url: str) -> Stats:
     """Ask a service for all it knows of itself. Raises `UserError` where there is none."""
     try:
-        response = httpx.get(f"{url.rstrip('/')}/v1/stats", timeout=10.0)
-        response.raise_for_status()
-        return msgspec.json.decode(response.content, type=Stats)
+        return msgspec.json.decode(fetch(f"{url.rstrip('/')}/v1/stats", refuse=True), type=Stats)
     except httpx.HTTPStatusError as error:
         raise UserError(
             f"{url}: status {error.response.status_code} for /v1/stats; is this a kvindex service?"
@@ -79,11 +81,15 @@ def fetch_stats(url: str) -> Stats:
         raise UserError(f"{url}: an answer that is none of ours: {error}; is this a kvindex service?") from error
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _print(report: _Report) -> None:
     print(report.subject)
     for finding in report.findings:
-        print(f"  {finding.level:4}  {finding.check}: {finding.what}")
+        print(f"  {finding.level:6}  {finding.check}: {finding.what}")
         if finding.cause:
-            print(f"        cause: {finding.cause}")
+            print(f"          cause: {finding.cause}")
         if finding.remedy:
-            print(f"        do: {finding.remedy}")
+            print(f"          do: {finding.remedy}")

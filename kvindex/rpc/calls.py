@@ -51,7 +51,7 @@ class Calls:
             _check(len(asked), MOST_PODS, "pod_identifiers", "names")
             names = self._names_of(asked)
             prompts, timings = self._scorer.prompts, Timings()
-            self._asked.note(prompts.tokenizers.resolve(model)[0], asked)
+            self._asked.note(prompts.tokenizers.resolve(model)[0], names)
             (prompt,) = await prompts.run(prompts.read, {"model": model, "prompt": request.prompt}, timings)
             self._metrics.tokenized(timings)
             _check(prompt.length, self._max_tokens, "prompt", "tokens")
@@ -80,11 +80,12 @@ class Calls:
         _check(length, self._max_tokens, "token_ids", "tokens")
         _check(len(pods), MOST_PODS, "pods", "names")
         _check(len(request.mm_items), MOST_ITEMS, "mm_items", "items")
-        self._asked.note(model, pods)
+        names = self._followed.resolve(pods) if pods else None
+        self._asked.note(model, names)
         matches = self._scorer.match(
             tokens,
             model=model,
-            pods=self._followed.resolve(pods) if pods else None,
+            pods=names,
             lora_name=lora,
             cache_salt=request.cache_salt or None,
             mm_items=[(item.identifier, item.first_token, item.length) for item in request.mm_items],

@@ -440,6 +440,13 @@ impl Index {
         Ok(ledger.recount(&keys.iter().copied().collect(), &self.here(None)))
     }
 
+    /// Counts the copies that `recount` would take.
+    pub fn surplus(&self, name: &Name, keys: &[u64]) -> Result<usize, Refusal> {
+        let tracked = self.require(name)?;
+        let ledger = tracked.ledger.lock();
+        Ok(ledger.surplus(&keys.iter().copied().collect(), self.secret))
+    }
+
     /// Drops blocks that outlived `silent_tier_ttl_s`.
     pub fn expire(&self) {
         let ttl = Duration::try_from_secs_f64(self.limits.silent_tier_ttl_s).unwrap_or(Duration::MAX);

@@ -522,7 +522,7 @@ impl Ledger {
 
     /// Counts one copy of each of these blocks, where more were counted; says no where cache groups decide.
     pub fn recount(&mut self, keys: &HashSet<u64>, at: &Here) -> bool {
-        if self.groups.len() > 1 || self.groups.iter().any(|(_, spec)| spec.tail.is_some()) {
+        if self.groups_decide() {
             return false;
         }
         for slot in self.slots.iter_mut().filter(|slot| slot.tier == Tier::Gpu) {
@@ -534,6 +534,21 @@ impl Ledger {
             });
         }
         true
+    }
+
+    /// Counts the copies that `recount` would take.
+    pub fn surplus(&self, keys: &HashSet<u64>, secret: u64) -> usize {
+        if self.groups_decide() {
+            return 0;
+        }
+        let first = self.slots.iter().filter(|slot| slot.tier == Tier::Gpu);
+        let copied =
+            first.flat_map(|slot| slot.copies.iter().map(|(name, number)| (slot.held.get(*name, secret), number)));
+        copied.filter(|(key, _)| keys.contains(key)).map(|(_, number)| *number as usize - 1).sum()
+    }
+
+    fn groups_decide(&self) -> bool {
+        self.groups.len() > 1 || self.groups.iter().any(|(_, spec)| spec.tail.is_some())
     }
 
     /// Takes a name out of a slot that has it, and remembers it.

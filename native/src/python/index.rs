@@ -107,6 +107,12 @@ impl Index {
         Ok(source.py().detach(|| self.index.recount(&name, &keys)).ok())
     }
 
+    /// Counts the copies that `recount` would take; 0 where the source is not followed.
+    fn surplus(&self, source: &Bound<'_, PyTuple>, keys: Vec<u64>) -> PyResult<usize> {
+        let name = name_of(source)?;
+        Ok(source.py().detach(|| self.index.surplus(&name, &keys)).unwrap_or(0))
+    }
+
     /// All sources in the order in which they were registered.
     fn followed(&self, py: Python<'_>) -> Vec<Py<PyTuple>> {
         let all = py.detach(|| self.index.followed());
