@@ -145,7 +145,7 @@ NOT_RUN = [
     NotRun(r"vllm serve|python -m sglang", "needs a GPU", _vllm),
     NotRun(r"make ", "sets up, builds or measures for minutes", _target_exists),
     NotRun(r"(\S*python -m )?pip install", "changes the environment", _extras_exist),
-    NotRun(r"\S*python (-m )?(benchmarks|examples)[/.]", "takes minutes, or goes on for ever", _program_exists),
+    NotRun(r"\S*python (-m )?(benchmarks[/.]|examples[/.](load|demo|plot))", "measures for minutes", _program_exists),
     NotRun(r"git clone|cd kv-cache-indexer", "would fetch this repository", _nothing),
 ]
 
@@ -281,6 +281,7 @@ class Reader:
         self._free = _free_ports()
         self._service = ""
         self._grpc = next(self._free)
+        self._router = next(self._free)
         self._base = _base_port()
         self._environ = {k: v for k, v in os.environ.items() if not k.startswith("KVINDEX_") or k == "KVINDEX_IMPL"}
         bin_folder = Path(sys.executable).parent
@@ -391,6 +392,7 @@ class Reader:
         text = self._world.substituted(text)
         if re.search(r"\b(127\.0\.0\.1|localhost):808[01]\b", text):
             text = re.sub(r"\b(127\.0\.0\.1|localhost):808[01]\b", self._service or self._start_service(), text)
+        text = re.sub(r"\b(127\.0\.0\.1|localhost):8000\b", f"127.0.0.1:{self._router}", text)
         text = re.sub(r"\blocalhost:50051\b", f"127.0.0.1:{self._grpc}", text)
         return self._shifted(text)
 
@@ -416,6 +418,8 @@ class Reader:
         name = words[1] if len(words) > 1 and words[0].endswith("kvindex") else ""
         if name:
             check_kvindex(words)
+        elif words[1:3] == ["-m", "examples.router"]:
+            name = "router"
         text = self._tuned(name, words, command.text)
         self.ran += 1
         if self._stays(name, words):
@@ -447,6 +451,7 @@ class Reader:
             "record": ["--seconds 0.5"],
             "demo": ["--requests 60", "--seconds 1"],
             "fleet": [f"--base-port {self._base}"],
+            "router": [f"--port {self._router}"],
             "score": [f"--url http://{self._service}"],
             "replay": ["--base-port 0"] if "--publish" in words else [],
         }
@@ -463,7 +468,7 @@ class Reader:
         return text.replace("....", "*")  # a name with a date in it
 
     def _stays(self, name: str, words: list[str]) -> bool:
-        return name == "serve" or (name == "fleet" and "--seconds" not in words) or "--publish" in words
+        return name in ("serve", "router") or (name == "fleet" and "--seconds" not in words) or "--publish" in words
 
     def _run(self, name: str, text: str, command: Command) -> None:
         state = self._folder / ".state"
@@ -533,7 +538,9 @@ class Reader:
             address = _until(lambda: said(r'"url": ?"http://([^"]+)"'), text)
             if "--role builder" not in text or not self._service:
                 self._service = address
-            _until(lambda: _is_ready(address, running), f"{text} to be ready")
+            _until(lambda: said("^()") or _is_open(address), f"{text} to listen")
+        elif name == "router":
+            _until(lambda: said("^()") or _is_open(f"127.0.0.1:{self._router}"), text)
         else:
             _until(lambda: said(r"(tcp://)"), text)
         if command.output.strip():
@@ -565,11 +572,10 @@ class Reader:
         return wrong
 
 
-def _is_ready(address: str, running: _Running) -> bool:
-    """Ready, or waiting for pods that are not of this world."""
+def _is_open(address: str) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(tuple(address.rsplit(":", 1)), 1):
         return True
-    return running.process.poll() is not None
+    return False
 
 
 def _until(is_so: Callable[[], Any], what: str) -> Any:
