@@ -397,7 +397,8 @@ class Reader:
         return self._shifted(text)
 
     def _shifted(self, text: str) -> str:
-        """Put the ports of this page's own fleet in the place of 5557 and on."""
+        """Put addresses of this world in the place of a page's, without starting anything; 5557 is its own fleet."""
+        text = self._world.substituted(text)
 
         def port(found: re.Match[str]) -> str:
             return f"tcp://127.0.0.1:{int(found[2]) + self._base - 5557}"
