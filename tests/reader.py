@@ -47,7 +47,7 @@ MODEL = "Qwen/Qwen3-8B"
 HOSTS = ("10.0.0.7", "10.0.0.8", "10.0.0.9")
 COPIED = ("proto", "deploy", "examples", "benchmarks", "compose.yaml", "Dockerfile", "Makefile")
 PATIENCE_S = 20.0
-AGAIN_S = 5.0
+AGAIN_S = 10.0
 KVINDEX = typer.main.get_command(app)
 STATUSES = {
     "doctor": (0, 1),  # it says of a simulated engine what it thinks of it
@@ -196,7 +196,7 @@ class World:
 
     def _run(self) -> None:
         for number, turn in enumerate(Workload(max_tokens=512)):
-            if self._stop.wait(0.05):
+            if self._stop.wait(0.02):
                 return
             self.fleet.step(number % len(HOSTS), turn.prompt, turn.output)
 
@@ -425,17 +425,17 @@ class Reader:
         self.ran += 1
         if self._stays(name, words):
             self._start(name, text, command)
-        elif words[0] == "curl":
-            self._ask(text, command)
+        elif words[0] == "curl" or name == "doctor":
+            self._ask(name, text, command)
         else:
             self._run(name, text, command)
 
-    def _ask(self, text: str, command: Command) -> None:
+    def _ask(self, name: str, text: str, command: Command) -> None:
         """Ask again where the answer is wrong: what has just been started may have nothing to say yet."""
         deadline = time.monotonic() + AGAIN_S
         while True:
             try:
-                self._run("", text, command)
+                self._run(name, text, command)
             except Wrong:
                 if time.monotonic() > deadline:
                     raise
