@@ -46,8 +46,8 @@ ROOT = Path(__file__).parents[1]
 MODEL = "Qwen/Qwen3-8B"
 HOSTS = ("10.0.0.7", "10.0.0.8", "10.0.0.9")
 COPIED = ("proto", "deploy", "examples", "benchmarks", "compose.yaml", "Dockerfile", "Makefile")
-PATIENCE_S = 20.0
-AGAIN_S = 10.0
+PATIENCE_S = 60.0
+AGAIN_S = 20.0
 KVINDEX = typer.main.get_command(app)
 STATUSES = {
     "doctor": (0, 1),  # it says of a simulated engine what it thinks of it
