@@ -14,7 +14,9 @@ RUN /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels 
  && /opt/kvindex/bin/pip uninstall -y setuptools pip
 
 FROM docker.io/library/python:3.11-slim-bookworm
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin kvindex
+# The folder is for snapshots: a volume that is mounted there for the first time takes its owner over.
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin kvindex \
+ && install -d -o 10001 -g 10001 /var/lib/kvindex
 COPY --from=build /opt/kvindex /opt/kvindex
 ENV PATH=/opt/kvindex/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 KVINDEX_HTTP_HOST=0.0.0.0 \
     KVINDEX_GRPC_HOST=0.0.0.0

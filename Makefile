@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python coverage test-rust fuzz lint lint-rust types check check-install bench proto wheel lock clean
+.PHONY: help setup demo test test-python coverage test-rust fuzz lint lint-rust types check check-install bench proto reference wheel lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ proto: $(READY) ## make the schemas of the gRPC services from proto/
 	  indexer/v1/indexer.proto kvindex/v1/scorer.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --descriptor_set_out=kvindex/rpc/tokenization.binpb \
 	  tokenization/tokenizer.proto
+
+reference: $(READY) ## make docs/configuration.md from the schema
+	$(BIN)/kvindex config --reference > docs/configuration.md
 
 check-install: wheel ## install the wheel, and the source without Rust, in environments of their own
 	PYTHON=$(PYTHON) tests/check_install.sh

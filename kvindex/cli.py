@@ -71,6 +71,9 @@ def fleet(
     ] = [],  # noqa: B006
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between checkpoints.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    question: Annotated[
+        Path | None, typer.Option(help="Keep a question about a prompt of late in this file, a body for /v1/score.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the endpoints as KVINDEX_PODS takes them.")] = False,  # noqa: FBT002
 ) -> None:
     """Run simulated pods that publish real events."""
@@ -97,6 +100,7 @@ def fleet(
             every=every,
             seed=seed,
             as_json=json,
+            question=question,
         )
     )
 
@@ -286,6 +290,21 @@ def serve(
     loaded = configuration.load(config, environ)
     logs.configure(loaded.log.level, loaded.log.format)
     raise typer.Exit(run_serve(loaded))
+
+
+@app.command(name="config", epilog="Example: kvindex config --example > kvindex.toml")
+def config_(
+    file: Annotated[Path | None, typer.Argument(envvar="KVINDEX_CONFIG", help="A TOML or YAML file.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a file with every key and its default.")] = False,  # noqa: FBT002
+    reference: Annotated[bool, typer.Option("--reference", help="Print docs/configuration.md.")] = False,  # noqa: FBT002
+) -> None:
+    """Check a file and the environment, and print what serve would run with, without secrets."""
+    from kvindex import reference as schema
+
+    if example or reference:
+        print(schema.example() if example else schema.markdown(), end="")
+    else:
+        print(schema.effective(configuration.load(file, os.environ)), end="")
 
 
 def main() -> None:

@@ -39,9 +39,11 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How events are applied."""
 
     workers: Annotated[int, Meta(ge=1, le=256)] = 4
+    """Threads that apply events; each pod belongs to one."""
     model: str = ""
     """The model of pods whose subscription and topic name none."""
     copies: Copies = "count"
+    """How a block that is stored again is understood: as another copy, or (``set``) as the same one announced again."""
     on_gap: OnGap = "keep"
     """What to do with the blocks of a pod of whose messages some are missing for good."""
     pod_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
@@ -54,8 +56,11 @@ class BindConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """An endpoint that pods connect to."""
 
     endpoint: Annotated[str, Meta(min_length=1)]
+    """What to listen at: ``tcp://*:5557``. Pods have to be told to connect there."""
     topic: str = ""
+    """Prefix of the topics to hear."""
     model: str = ""
+    """The model of pods whose topic names none."""
 
 
 class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,8 +73,11 @@ class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     file: str = ""
     """A file with a list of pods, as ``[[pods]]`` has them."""
     dns: list[discovery.DnsFollow] = []
+    """Names all of whose addresses are pods."""
     kubernetes: list[discovery.KubernetesFollow] = []
+    """Labels of pods."""
     sglang: list[discovery.SglangFollow] = []
+    """SGLang servers."""
 
 
 class SnapshotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +86,7 @@ class SnapshotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     path: str = ""
     """A file that is written every `interval_s` seconds and at the end, and read at the start."""
     interval_s: Annotated[float, Meta(ge=1)] = 60.0
+    """Seconds from one file to the next: no more than what engines can replay."""
     peers: list[str] = []
     """Services that follow the same pods, as ``http://kvindex:8080``: asked at the start, before the file is read."""
     max_bytes: Annotated[int, Meta(ge=1_048_576)] = 16 * 1024**3
@@ -88,7 +97,10 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How matches become scores."""
 
     block_size: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    """Ask only for blocks of so many tokens; none: of every size that events have."""
     tier_weights: dict[str, Annotated[float, Meta(ge=0, le=1_000_000)]] = {}
+    """What a block is worth by tier (``gpu``, ``cpu``, ``disk``, ``shared``: 1.0, 0.8, 0.5, 0.3 where nothing is said)
+    or by the engine's own word for a medium."""
     routed_ttl_s: Annotated[float, Meta(gt=0, le=3_600)] = 5.0
     """How long what was said at `/v1/routed` is reported."""
     observe_heal: bool = False
@@ -122,34 +134,44 @@ class TokenizersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Who is asked for models without a tokenizer here: a vLLM (``http://...``, its ``/tokenize``), or llm-d's
     tokenization service (``unix:///path``, ``grpc://host:port``), which needs the packages of the extra ``grpc``."""
     remote_api_key: str = ""
-    """For a vLLM."""
+    """What a vLLM was given as ``--api-key``."""
     remote_timeout_s: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    """Seconds to wait for its answer."""
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP service."""
 
     host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 in the container image."""
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8080
+    """The port; 0: any, which the log names."""
     max_tokens: Annotated[int, Meta(ge=1)] = 1_000_000
+    """Tokens of one question."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+    """Bytes of a request's body."""
 
 
 class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The gRPC service, see `docs/grpc.md`. It needs the packages of the extra ``grpc``."""
 
     host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 in the container image."""
     port: Annotated[int, Meta(ge=0, le=65_535)] | None = None
     """Where to listen; none: there is no gRPC. llm-d's own indexer has 50051."""
     max_tokens: Annotated[int, Meta(ge=1, le=100_000_000)] = 1_000_000
+    """Tokens of one question."""
     max_message_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 16 * 1024 * 1024
+    """Bytes of one message."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log output, on stderr."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is left out below."""
     format: Literal["auto", "json", "console"] = "auto"
+    """JSON lines, lines for people, or what fits: lines for people on a terminal."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,7 +227,7 @@ def _overlay(raw: dict[str, Any], name: str, text: str) -> None:
     kind = fields[section].type if section in fields and section not in _LISTS else None
     known = {field.name for field in msgspec.structs.fields(kind)} if kind is not None else set()
     if key not in known:
-        raise ConfigError(f"{name}: no such key; known are {', '.join(_variables())}")
+        raise ConfigError(f"{name}: no such key; known are {', '.join(variables())}")
     value = _json(name, text) if key in _JSON else text
     target = raw.setdefault(section, {})
     if not isinstance(target, dict):
@@ -213,13 +235,19 @@ def _overlay(raw: dict[str, Any], name: str, text: str) -> None:
     target[key] = value
 
 
-def _variables() -> list[str]:
+def variable_of(*path: str) -> str:
+    """Give the environment variable of a key."""
+    return "_".join(("KVINDEX", *path)).upper()
+
+
+def variables() -> list[str]:
+    """Give the environment variables of all keys."""
     names = []
     for field in msgspec.structs.fields(Config):
         if field.name in _LISTS:
-            names.append(f"KVINDEX_{field.name.upper()}")
+            names.append(variable_of(field.name))
         else:
-            names += [f"KVINDEX_{field.name}_{key.name}".upper() for key in msgspec.structs.fields(field.type)]
+            names += [variable_of(field.name, key.name) for key in msgspec.structs.fields(field.type)]
     return names
 
 

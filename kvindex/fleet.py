@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -19,10 +20,12 @@ import zmq
 
 from kvevents.testing import DIALECTS, Dialect, Publisher, RawEvent, cleared, removed, stored
 from kvindex.engine import EngineEvent, Removed, Request, SimulatedEngine, Stored
+from kvindex.errors import UserError
 from kvindex.signals import stopped_by_signals
 from kvindex.workload import Workload
 
 _LINGER_S = 0.02
+_ASK_EVERY_S = 0.5
 _REMEMBERED_HOMES = 2_000
 _DIFFERENCES_SHOWN = 10
 
@@ -252,6 +255,7 @@ def run_fleet(
     samples: int = 50,
     sync_timeout: float = 30.0,
     as_json: bool = False,
+    question: Path | None = None,
 ) -> int:
     """Run a fleet until its time is over or somebody stops it; give the exit status.
 
@@ -259,7 +263,9 @@ def run_fleet(
     of `rate` requests a second (0: as fast as it goes) starts when each pod has `wait_subscribers` subscribers; waiting
     ends with status 1 after `wait_timeout` seconds (0: never). It ends after `seconds` (0: at SIGINT or SIGTERM).
     `check` has the URLs of services: each `every` seconds, and at the end, traffic pauses and `samples` prompts are
-    compared with each of them, see `Checker`. Any difference makes the status 1.
+    compared with each of them, see `Checker`. Any difference makes the status 1. `question` is a file that has, once
+    there is traffic, a question about one of the last prompts: a body for `/v1/score`. Raises `UserError` where it
+    cannot be written.
     """
     unknown = set(dialects) - set(DIALECTS)
     if unknown:
@@ -295,7 +301,7 @@ def run_fleet(
             return 0 if stop.is_set() else 1
         checkers = [Checker(fleet, url, timeout=sync_timeout) for url in check]
         try:
-            return _traffic(fleet, checkers, rate, seconds, every, samples, seed, stop, say)
+            return _traffic(fleet, checkers, rate, seconds, every, samples, seed, question, stop, say)
         finally:
             for checker in checkers:
                 checker.close()
@@ -334,6 +340,7 @@ def _traffic(
     every: float,
     samples: int,
     seed: int,
+    question: Path | None,
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> int:
@@ -344,7 +351,7 @@ def _traffic(
     )
     homes: dict[int, Pod] = {}
     status = requests = checkpoints = 0
-    start = due = time.monotonic()
+    start = due = ask_at = time.monotonic()
     report_at = start + every
     while not stop.is_set():
         now = time.monotonic()
@@ -363,6 +370,9 @@ def _traffic(
         homes[turn.conversation] = pod
         fleet.step(pod, turn.prompt, turn.output)
         requests += 1
+        if question is not None and now >= ask_at:
+            ask_at = now + _ASK_EVERY_S
+            _write_question(question, fleet.model, turn.prompt)
         if len(homes) > _REMEMBERED_HOMES:
             homes.clear()
         if rate:
@@ -370,6 +380,16 @@ def _traffic(
             stop.wait(max(0.0, due - time.monotonic()))
     say(f"{requests} requests, {fleet.blocks_published()} blocks published, {checkpoints} checkpoints")
     return status
+
+
+def _write_question(path: Path, model: str, prompt: list[int]) -> None:
+    """Write it beside the file and move it there: who reads meanwhile gets the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(json.dumps({"model": model, "token_ids": prompt}))
+        new.replace(path)
+    except OSError as error:
+        raise UserError(f"--question {path}: {error.strerror}") from error
 
 
 def _report(

@@ -25,7 +25,9 @@ def run(*arguments, **more):
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "fleet", "record", "replay", "watch", "doctor", "score", "serve"])
+@pytest.mark.parametrize(
+    "command", ["demo", "fleet", "record", "replay", "watch", "doctor", "score", "serve", "config"]
+)
 def test_help_has_an_example(command):
     answer = run(command, "--help")
     assert answer.returncode == 0
@@ -57,6 +59,19 @@ def test_the_demo_ends_with_equal_answers():
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "the index and the engines agree" in answer.stdout
     assert "round robin" in answer.stdout
+
+
+def test_a_fleet_keeps_a_question_that_can_be_asked(tmp_path):
+    fleet = ["fleet", "--pods", "1", "--base-port", "0", "--wait-subscribers", "0", "--rate", "200", "--seconds", "0.5"]
+    file = tmp_path / "question.json"
+    assert run(*fleet, "--question", str(file)).returncode == 0
+    asked = json.loads(file.read_text())
+    assert asked["model"] == "demo/model"
+    assert asked["token_ids"]
+    assert list(tmp_path.iterdir()) == [file]
+    answer = run(*fleet, "--question", str(tmp_path / "none" / "question.json"))
+    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1), answer.stderr
+    assert "--question" in answer.stderr
 
 
 def test_a_fleet_beside_a_service_agrees():

@@ -71,9 +71,13 @@ class Follow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     replay_port: Port | None = None
     """The same for replays."""
     ranks: Ranks = 1
+    """How many data-parallel ranks a pod has, or which."""
     model: str = ""
+    """The model that they serve, where the source of pods does not say."""
     topic: str = ""
+    """Prefix of the topics to hear."""
     copies: Copies | None = None
+    """As in ``[pool]``, for these pods."""
     service_port: Port = 8000
     """The port of the pods' API, for the identity ``ip:port``."""
 

@@ -17,6 +17,7 @@ class DnsFollow(Follow, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A DNS name behind which are pods, and how to follow them."""
 
     name: Annotated[str, Meta(min_length=1, max_length=253)]
+    """The name, ``vllm.inference.svc.cluster.local``."""
     server: str = ""
     """The server to ask, ``10.96.0.10`` or ``127.0.0.1:5353``; none: the system's."""
 

@@ -18,20 +18,30 @@ class RankEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One rank of several that are listed."""
 
     endpoint: _Text
+    """What it publishes at."""
     replay: _Text | None = None
+    """Where its replay socket is."""
 
 
 class PodBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to follow a pod: `endpoint` of rank 0 and how many `ranks`, or all `endpoints` one by one."""
 
     endpoint: _Text | None = None
+    """What rank 0 publishes at, ``tcp://10.0.0.7:5557``."""
     replay: _Text | None = None
+    """Where its replay socket is; without it lost messages stay lost."""
     ranks: Ranks = 1
+    """How many data-parallel ranks there are, or which; each publishes at the port plus its number."""
     endpoints: Annotated[list[RankEntry], Meta(max_length=1_024)] = []
+    """In the place of ``endpoint``: all ranks one by one."""
     model: str = ""
+    """The model that it serves; the topic's where nothing is said."""
     topic: str = ""
+    """Prefix of the topics to hear."""
     copies: Copies | None = None
+    """As in ``[pool]``, for this pod."""
     uid: str = ""
+    """Which life of the pod it is: with another one the pod begins anew."""
     address: str = ""
     """Where its API is, ``10.0.0.7:8000``, if a router may ask for it by that."""
 
@@ -57,6 +67,7 @@ class PodEntry(PodBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A pod by name. Several entries of one name are several ranks of it."""
 
     pod: _Text
+    """What the router calls it."""
 
 
 def found_of(name: str, bodies: Sequence[PodBody], *, shared: bool = True) -> Found:

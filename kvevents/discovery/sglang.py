@@ -30,6 +30,7 @@ class SglangFollow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str = ""
     """None: the name that the server says it serves."""
     copies: Copies | None = None
+    """As in ``[pool]``, for this server."""
 
 
 class _KVEvents(msgspec.Struct):

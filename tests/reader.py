@@ -1,0 +1,654 @@
+"""A reader of the documentation who does all that it says: runs its Python, types its commands, saves its files.
+
+What pages call by the addresses of a fleet (`10.0.0.7`, `redis:6379`, `/models`) is a simulated one on free ports of
+this machine. `NOT_RUN` has what takes more than that; of those it is checked that what they name exists.
+"""
+
+import ast
+import asyncio
+import contextlib
+import http.server
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import typer
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from indexer import open_index, snapshots
+from kvevents import EventPool
+from kvevents.discovery import PodEntry, found_in
+from kvindex.cli import app
+from kvindex.config import load
+from kvindex.fleet import Fleet
+from kvindex.workload import Workload
+from scorer import PrefixScorer
+
+from .documents import Block, Command, Page, commands_of, same_output, words_of
+from .models import make_folder
+
+ROOT = Path(__file__).parents[1]
+MODEL = "Qwen/Qwen3-8B"
+HOSTS = ("10.0.0.7", "10.0.0.8", "10.0.0.9")
+COPIED = ("proto", "deploy", "examples", "benchmarks", "compose.yaml", "Dockerfile", "Makefile")
+PATIENCE_S = 60.0
+AGAIN_S = 20.0
+KVINDEX = typer.main.get_command(app)
+STATUSES = {
+    "doctor": (0, 1),  # it says of a simulated engine what it thinks of it
+    "replay": (0, 1),  # nobody may come to hear what it publishes
+}
+
+
+class Wrong(AssertionError):
+    """Something on a page does not hold."""
+
+
+class NotRun(NamedTuple):
+    """A kind of command that a test cannot run."""
+
+    begins: str
+    """A pattern."""
+    why: str
+    check: Callable[[list[str], Path], None]
+    """Looks at its words all the same."""
+
+
+# ---- what is not run
+
+
+def _files_exist(words: list[str], folder: Path) -> None:
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word in ("-f", "--file", "--filename") and "://" not in after and not (folder / after).exists():
+            raise Wrong(f"{' '.join(words)}: there is no {after}")
+
+
+def _compose(words: list[str], folder: Path) -> None:
+    _files_exist(words, folder)
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    if words[2:3] and words[2] in ("logs", "run", "stop", "kill", "restart", "exec", "start"):
+        (named, *_) = [word for word in words[3:] if not word.startswith("-")]
+        if named not in services:
+            raise Wrong(f"{' '.join(words)}: there is no service {named!r}, but {', '.join(services)}")
+
+
+def _target_exists(words: list[str], _: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for word in words[1:]:
+        if "=" not in word and not word.startswith("-") and word not in targets:
+            raise Wrong(f"make {word}: there is no such target")
+
+
+def _extras_exist(words: list[str], _: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for word in words:
+        named = re.fullmatch(r"([\w.-]+)\[([\w,-]+)\]", word)
+        if named and named[1] == project["name"]:
+            unknown = set(named[2].split(",")) - set(project["optional-dependencies"])
+            if unknown:
+                raise Wrong(f"{word}: there is no extra {', '.join(unknown)}")
+
+
+def _program_exists(words: list[str], folder: Path) -> None:
+    """`python FILE --option` or `python -m MODULE --option`: it is there, and knows the options."""
+    path = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
+    file = folder / path
+    if not file.exists():
+        raise Wrong(f"{' '.join(words)}: there is no {path}")
+    text = file.read_text()
+    for word in words[2:]:
+        option = word.partition("=")[0]
+        if option.startswith("--") and f'"{option}"' not in text:
+            raise Wrong(f"{' '.join(words)}: {path} does not know {option}")
+
+
+def _vllm(words: list[str], _: Path) -> None:
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word == "--kv-events-config":
+            known = {
+                "enable_kv_cache_events",
+                "publisher",
+                "endpoint",
+                "replay_endpoint",
+                "buffer_steps",
+                "hwm",
+                "topic",
+            }
+            unknown = set(json.loads(after)) - known
+            if unknown:
+                raise Wrong(f"--kv-events-config: vLLM knows no {', '.join(unknown)}")
+
+
+def _nothing(_: list[str], __: Path) -> None:
+    """It names nothing of ours."""
+
+
+NOT_RUN = [
+    NotRun(r"docker compose", "needs containers", _compose),
+    NotRun(r"docker ", "needs containers", _files_exist),
+    NotRun(r"kubectl ", "needs a cluster", _files_exist),
+    NotRun(r"vllm serve|python -m sglang", "needs a GPU", _vllm),
+    NotRun(r"make ", "sets up, builds or measures for minutes", _target_exists),
+    NotRun(r"(\S*python -m )?pip install", "changes the environment", _extras_exist),
+    NotRun(r"\S*python (-m )?(benchmarks[/.]|examples[/.](load|demo|plot))", "measures for minutes", _program_exists),
+    NotRun(r"git clone|cd kv-cache-indexer", "would fetch this repository", _nothing),
+]
+
+
+def check_kvindex(words: list[str]) -> None:
+    """See that there is such a command of ours with such options. The values are not looked at where `...` is one."""
+    name = words[1] if len(words) > 1 else "--help"
+    if name.startswith("-"):
+        return
+    command = KVINDEX.commands.get(name)
+    if command is None:
+        raise Wrong(f"{' '.join(words)}: there is no command {name!r}")
+    known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    for word in words[2:]:
+        option = word.strip("[]").partition("=")[0]
+        if option.startswith("--") and option not in {*known, "--help"}:
+            raise Wrong(f"{' '.join(words)}: there is no option {option}")
+
+
+def not_run(text: str) -> NotRun | None:
+    """Give why a command is not run, if it is not."""
+    return next((kind for kind in NOT_RUN if re.match(kind.begins, text)), None)
+
+
+# ---- the world that pages speak of
+
+
+class World:
+    """A small fleet with traffic, an engine's API, a folder of tokenizers, a Redis."""
+
+    def __init__(self, folder: Path, redis_url: str) -> None:
+        self.folder = folder
+        self.redis_url = redis_url
+        self.models = folder / "models"
+        make_folder(self.models / MODEL, _tokenizer())
+        self.snapshot = folder / "snapshot"
+        snapshots.write_snapshot(self.snapshot, EventPool(open_index("memory://")).snapshot())
+        self.fleet = Fleet(len(HOSTS), model=MODEL, num_blocks=2_048)
+        self.prompt = list(range(64))
+        for number in range(len(HOSTS)):
+            self.fleet.step(number, self.prompt)
+        self._stop = threading.Event()
+        self._traffic = threading.Thread(target=self._run, daemon=True)
+        self._traffic.start()
+        self._engine = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Engine)
+        self.engine = f"127.0.0.1:{self._engine.server_port}"
+        threading.Thread(target=self._engine.serve_forever, daemon=True).start()
+
+    def _run(self) -> None:
+        for number, turn in enumerate(Workload(max_tokens=512)):
+            if self._stop.wait(0.02):
+                return
+            self.fleet.step(number % len(HOSTS), turn.prompt, turn.output)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._traffic.join()
+        self._engine.shutdown()
+        self._engine.server_close()
+        self.fleet.close()
+
+    def substituted(self, text: str) -> str:
+        """Put this world's addresses in the place of those of a page."""
+        for host, entry in zip(HOSTS, self.fleet.endpoints(), strict=True):
+            text = text.replace(f"tcp://{host}:5557", entry["endpoint"])
+            text = re.sub(rf"tcp://{re.escape(host)}:(5558|5657)\b", entry["replay"], text)
+            text = text.replace(f"http://{host}:8000", f"http://{self.engine}")
+        text = text.replace("redis://redis:6379/0", self.redis_url).replace(
+            "http://llm-d:8080", f"http://{self.engine}"
+        )
+        text = re.sub(r"(?<![\w./-])/models\b", str(self.models), text)
+        text = text.replace("/root/.cache/huggingface/hub", str(self.models))
+        return text.replace("/var/lib/kvindex", str(self.folder))
+
+
+class _Engine(http.server.BaseHTTPRequestHandler):
+    """Says what a vLLM would, and an indexer that knows nothing."""
+
+    def do_GET(self) -> None:
+        says = {"data": [{"id": MODEL}]}
+        self._answer(json.dumps(says) if self.path == "/v1/models" else "")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/score_completions":
+            self._answer("{}")
+            return
+        self._answer(json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}))
+
+    def _answer(self, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Once upon a time"], trainer)
+    return tokenizer
+
+
+# ---- reading a page
+
+
+class _Running(NamedTuple):
+    name: str
+    command: str
+    process: subprocess.Popen
+    output: list[str]
+    log: list[str]
+
+
+class Reader:
+    """Does what one page says, from its top to its end."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self._world = world
+        self._folder = folder
+        self.ran = 0
+        self._running: list[_Running] = []
+        self._free = _free_ports()
+        self._service = ""
+        self._grpc = next(self._free)
+        self._router = next(self._free)
+        self._base = _base_port()
+        self._environ = {k: v for k, v in os.environ.items() if not k.startswith("KVINDEX_") or k == "KVINDEX_IMPL"}
+        bin_folder = Path(sys.executable).parent
+        self._environ.pop("PWD", None)
+        self._environ["PATH"] = f"{bin_folder}{os.pathsep}{self._environ['PATH']}"
+        self._names: dict[str, Any] | None = None
+        self._made: list[Any] = []
+        for name in COPIED:  # and not linked: what a page writes must not land in the project
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, folder / name)
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, folder)
+        (folder / ".venv").mkdir()
+        (folder / ".venv/bin").symlink_to(bin_folder)
+        (folder / "chat.json").write_text('[{"role": "user", "content": "Once upon a time"}]')
+
+    def read(self, page: Page) -> None:
+        """Do all that a page says. Raises `Wrong`, with the line, for what does not hold."""
+        try:
+            for block in page.blocks:
+                try:
+                    self._do(block)
+                except Wrong as error:
+                    raise Wrong(f"{page.path.name}:{block.line}: {error}") from None
+        finally:
+            wrong = self._end()
+        if wrong:
+            raise Wrong(f"{page.path.name}: {wrong}")
+
+    def _do(self, block: Block) -> None:
+        if block.file:
+            path = self._folder / block.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # it may be a link to a file of the project
+            path.write_text(self._substituted(block.text))
+        match block.language:
+            case "python":
+                if block.file:
+                    compile(block.text, block.file, "exec")
+                else:
+                    self._python(block)
+            case "console" | "bash" | "sh":
+                try:
+                    commands = commands_of(block)
+                except ValueError as error:
+                    raise Wrong(str(error)) from None
+                for command in commands:
+                    self._command(command)
+            case "toml" | "yaml":
+                check_data(block.language, block.text, self._folder)
+            case "json":
+                try:
+                    json.loads(block.text)
+                except ValueError as error:
+                    raise Wrong(f"no JSON: {error}") from None
+            case "text" | "proto":
+                pass
+            case other:
+                raise Wrong(f"a block in {other!r}: nobody knows how to check that")
+
+    # Python
+
+    def _python(self, block: Block) -> None:
+        if self._names is None:
+            self._names = self._prelude()
+            self._made = list(self._names.values())  # pages may use the names for others
+        text = self._world.substituted(block.text)
+        printed = io.StringIO()
+        try:
+            code = compile(text, "page", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            with contextlib.redirect_stdout(printed):
+                done = eval(code, self._names)  # noqa: S307  (our own pages)
+                if inspect.iscoroutine(done):
+                    asyncio.run(done)
+        except Exception as error:
+            raise Wrong(f"{type(error).__name__}: {error}\n{block.text}") from error
+        self.ran += 1
+        said = re.findall(r"^ *print\(.*\)  # (.+)$", block.text, re.MULTILINE)
+        lines = iter(printed.getvalue().splitlines())
+        for expected in said:
+            if not any(same_output(expected, line) for line in lines):
+                raise Wrong(f"expected {expected!r}, printed\n{printed.getvalue()}")
+
+    def _prelude(self) -> dict[str, Any]:
+        """What a page may take for granted: a pool that follows a pod, a scorer, a prompt."""
+        index = open_index("memory://")
+        pool = EventPool(index)
+        pool.start()
+        entry = self._world.fleet.endpoints()[0]
+        pool.subscribe("pod-a", entry["endpoint"], replay=entry["replay"], model=MODEL)
+        _until(lambda: pool.stats()["applied_total"] > 0, "the simulated pod to be heard")
+        prompt = self._world.prompt
+        return {
+            "index": index,
+            "pool": pool,
+            "scorer": PrefixScorer(index),
+            "tokens": prompt,
+            "token_ids": prompt * 80,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "body": {"model": MODEL, "prompt": "Once upon a time"},
+            "path": self._world.snapshot,
+            "__name__": "page",
+        }
+
+    # commands
+
+    def _substituted(self, text: str) -> str:
+        text = self._world.substituted(text)
+        if re.search(r"\b(127\.0\.0\.1|localhost):808[01]\b", text):
+            text = re.sub(r"\b(127\.0\.0\.1|localhost):808[01]\b", self._service or self._start_service(), text)
+        text = re.sub(r"\b(127\.0\.0\.1|localhost):8000\b", f"127.0.0.1:{self._router}", text)
+        text = re.sub(r"\blocalhost:50051\b", f"127.0.0.1:{self._grpc}", text)
+        return self._shifted(text)
+
+    def _shifted(self, text: str) -> str:
+        """Put addresses of this world in the place of a page's, without starting anything; 5557 is its own fleet."""
+        text = self._world.substituted(text)
+
+        def port(found: re.Match[str]) -> str:
+            return f"tcp://127.0.0.1:{int(found[2]) + self._base - 5557}"
+
+        if self._service:
+            text = re.sub(r"\b(127\.0\.0\.1|localhost):808[01]\b", self._service, text)
+        return re.sub(r"tcp://(127\.0\.0\.1|localhost):(55[5-8]\d)\b", port, text)
+
+    def _command(self, command: Command) -> None:
+        try:
+            words = words_of(command.text)
+        except ValueError as error:
+            raise Wrong(f"{command.text}: {error}") from None
+        kind = not_run(" ".join(words))
+        if kind is not None:
+            kind.check(words, self._folder)
+            return
+        name = words[1] if len(words) > 1 and words[0].endswith("kvindex") else ""
+        if name:
+            check_kvindex(words)
+        elif words[1:3] == ["-m", "examples.router"]:
+            name = "router"
+        text = self._tuned(name, words, command.text)
+        self.ran += 1
+        if self._stays(name, words):
+            self._start(name, text, command)
+        elif words[0] == "curl" or name == "doctor":
+            self._ask(name, text, command)
+        else:
+            self._run(name, text, command)
+
+    def _ask(self, name: str, text: str, command: Command) -> None:
+        """Ask again where the answer is wrong: what has just been started may have nothing to say yet."""
+        deadline = time.monotonic() + AGAIN_S
+        while True:
+            try:
+                self._run(name, text, command)
+            except Wrong:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            time.sleep(0.1)
+
+    def _tuned(self, name: str, words: list[str], text: str) -> str:
+        """Give a command with this world's addresses, and no longer than it has to take."""
+        text = self._substituted(text.rstrip().removesuffix("&"))
+        more: dict[str, list[str]] = {
+            "doctor": ["--seconds 0.5"],
+            "watch": ["--seconds 0.5"],
+            "record": ["--seconds 0.5"],
+            "demo": ["--requests 60", "--seconds 1"],
+            "fleet": [f"--base-port {self._base}"],
+            "router": [f"--port {self._router}"],
+            "score": [f"--url http://{self._service}"],
+            "replay": ["--base-port 0"] if "--publish" in words else [],
+        }
+        if name == "score" and "--url" not in words and not self._service:
+            more["score"] = [f"--url http://{self._start_service()}"]
+        added = [option for option in more.get(name, []) if option.split()[0] not in words]
+        if name == "watch" and "--seconds" not in words:
+            text = text.replace(" # ", " --seconds 0.5 # ", 1)
+        if added:
+            head, comment, tail = text.partition("  #")
+            text = f"{head} {' '.join(added)} {comment}{tail}"
+        text = re.sub(r"^curl ", "curl --fail-with-body ", text)
+        text = re.sub(r"--grpc-port \d+", f"--grpc-port {self._grpc}", text)
+        return text.replace("....", "*")  # a name with a date in it
+
+    def _stays(self, name: str, words: list[str]) -> bool:
+        return name in ("serve", "router") or (name == "fleet" and "--seconds" not in words) or "--publish" in words
+
+    def _run(self, name: str, text: str, command: Command) -> None:
+        state = self._folder / ".state"
+        state.unlink(missing_ok=True)
+        script = f"{text}\n__status=$?; env -0 > '{state}'; exit $__status"
+        try:
+            done = subprocess.run(
+                ["bash", "-c", script],
+                cwd=self._environ.get("PWD", self._folder),
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise Wrong(f"line {command.line}: {text}\ndid not end within {PATIENCE_S:.0f} s") from None
+        if done.returncode not in STATUSES.get(name, (0,)):
+            raise Wrong(f"line {command.line}: {text}\nended with {done.returncode}\n{done.stdout}{done.stderr}")
+        if state.exists():
+            pairs = (pair.partition("=") for pair in state.read_text().split("\0") if pair)
+            self._environ = {key: value for key, _, value in pairs if key not in ("_", "SHLVL", "OLDPWD")}
+        said = self._shifted(command.output)
+        if said.strip() and not same_output(said, done.stdout):
+            raise Wrong(f"line {command.line}: {text}\nprinted\n{done.stdout}where the page says\n{said}")
+
+    # what goes on running
+
+    def _start_service(self) -> str:
+        """Start one that follows the whole fleet, for pages that take it for granted."""
+        pods = [{**entry, "pod": f"vllm-{n}"} for n, entry in enumerate(self._world.fleet.endpoints())]
+        before = dict(self._environ)
+        self._environ |= {
+            "KVINDEX_PODS": json.dumps(pods),
+            "KVINDEX_TOKENIZERS_FOLDERS": json.dumps([str(self._world.models)]),
+        }
+        self._start("serve", "kvindex serve", Command("kvindex serve", "", 0))
+        self._environ = before
+        return self._service
+
+    def _start(self, name: str, text: str, command: Command) -> None:
+        environ = dict(self._environ)
+        if name == "serve" and "--port" not in text:
+            environ["KVINDEX_HTTP_PORT"] = str(next(self._free))
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {text}"],
+            cwd=self._folder,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running = _Running(name, text, process, [], [])
+        for stream, lines in ((process.stdout, running.output), (process.stderr, running.log)):
+            threading.Thread(target=lambda s=stream, ls=lines: ls.extend(iter(s.readline, "")), daemon=True).start()
+        self._running.append(running)
+
+        def said(pattern: str) -> str:
+            if process.poll() is not None:
+                raise Wrong(f"line {command.line}: {text}\nended with {process.returncode}\n{''.join(running.log)}")
+            found = re.search(pattern, "".join(running.log + running.output))
+            return found[1] if found else ""
+
+        if name == "serve":
+            address = _until(lambda: said(r'"url": ?"http://([^"]+)"'), text)
+            if "--role builder" not in text or not self._service:
+                self._service = address
+            _until(lambda: said("^()") or _is_open(address), f"{text} to listen")
+        elif name == "router":
+            _until(lambda: said("^()") or _is_open(f"127.0.0.1:{self._router}"), text)
+        else:
+            _until(lambda: said(r"(tcp://)"), text)
+        if command.output.strip():
+            expected = self._shifted(command.output)
+            try:
+                _until(lambda: same_output(expected, "".join(list(running.output))), "what the page says")
+            except Wrong:
+                printed = "".join(running.output)
+                raise Wrong(f"{text}\nprinted\n{printed}where the page says\n{expected}") from None
+
+    def _end(self) -> str:
+        wrong = ""
+        for running in reversed(self._running):
+            running.process.send_signal(signal.SIGTERM)
+        for running in reversed(self._running):
+            try:
+                status = running.process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                status = running.process.wait()
+            if status not in (*STATUSES.get(running.name, (0,)), -signal.SIGTERM):
+                wrong = f"{running.command} ended with {status}\n{''.join(running.log)}"
+            for stream in (running.process.stdout, running.process.stderr):
+                stream.close()
+        made = {id(thing): thing for thing in [*self._made, *(self._names or {}).values()]}
+        for thing in reversed(made.values()):
+            if callable(getattr(thing, "close", None)) and not isinstance(thing, type):
+                thing.close()
+        return wrong
+
+
+def _is_open(address: str) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(tuple(address.rsplit(":", 1)), 1):
+        return True
+    return False
+
+
+def _until(is_so: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        found = is_so()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise Wrong(f"waited {PATIENCE_S:.0f} s for {what}")
+        time.sleep(0.01)
+
+
+def _free_ports():
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        yield port
+
+
+def _base_port(count: int = 32) -> int:
+    """Give the first of some free ports in a row; tests that run beside each other look at different ones."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 5
+    for base in range(21_557 + 2_000 * worker, 23_557 + 2_000 * worker, count):
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(base, base + count):
+                    held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return base
+    raise Wrong("no free ports")
+
+
+# ---- files
+
+
+def check_data(language: str, text: str, folder: Path) -> None:
+    """See that a block is a configuration, a list of pods, manifests or a compose file that can be used."""
+    try:
+        things = [tomllib.loads(text)] if language == "toml" else list(yaml.safe_load_all(text))
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise Wrong(f"no {language.upper()}: {error}") from None
+    for thing in things:
+        try:
+            if isinstance(thing, list):
+                found_in(msgspec.convert(thing, list[PodEntry]))
+            elif isinstance(thing, dict) and {"apiVersion", "kind"} <= thing.keys():
+                load(None, environment_of(thing))
+            elif isinstance(thing, dict) and "services" in thing:
+                for service in thing["services"].values():
+                    environ = service.get("environment") or {}
+                    load(None, {key: str(value) for key, value in environ.items()})
+            else:
+                path = folder / f".block.{language}"
+                path.write_text(text)
+                load(path, {})
+        except Exception as error:
+            raise Wrong(f"{error}\n{text}") from error
+
+
+def environment_of(manifest: Any) -> dict[str, str]:
+    """Give the variables that a Kubernetes manifest sets for kvindex."""
+    if isinstance(manifest, list):
+        return {key: value for one in manifest for key, value in environment_of(one).items()}
+    if not isinstance(manifest, dict):
+        return {}
+    found = environment_of(list(manifest.values()))
+    for one in manifest.get("env") or []:
+        if one["name"].startswith("KVINDEX_"):
+            found[one["name"]] = one.get("value", "secret")
+    return found
+
+
+HAS_TOOLS = all(map(shutil.which, ("bash", "curl")))
