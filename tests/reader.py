@@ -134,6 +134,11 @@ def _vllm(words: list[str], _: Path) -> None:
                 raise Wrong(f"--kv-events-config: vLLM knows no {', '.join(unknown)}")
 
 
+def _ours(words: list[str], _: Path) -> None:
+    if words[0].endswith("kvindex"):
+        check_kvindex(words)
+
+
 def _nothing(_: list[str], __: Path) -> None:
     """It names nothing of ours."""
 
@@ -146,6 +151,7 @@ NOT_RUN = [
     NotRun(r"make ", "sets up, builds or measures for minutes", _target_exists),
     NotRun(r"(\S*python -m )?pip install", "changes the environment", _extras_exist),
     NotRun(r"\S*python (-m )?(benchmarks[/.]|examples[/.](load|demo|plot))", "measures for minutes", _program_exists),
+    NotRun(r"(kvindex|curl) .*https://", "needs a certificate for that name", _ours),
     NotRun(r"git clone|cd kv-cache-indexer", "would fetch this repository", _nothing),
 ]
 
@@ -262,6 +268,18 @@ def _tokenizer() -> Tokenizer:
 # ---- reading a page
 
 
+def _read_json(text: str) -> None:
+    """Read one value, or one in each line. Raises `ValueError`."""
+    try:
+        json.loads(text)
+    except ValueError:
+        lines = text.strip().splitlines()
+        if len(lines) < 2:
+            raise
+        for line in lines:
+            json.loads(line)
+
+
 class _Running(NamedTuple):
     name: str
     command: str
@@ -334,7 +352,7 @@ class Reader:
                 check_data(block.language, block.text, self._folder)
             case "json":
                 try:
-                    json.loads(block.text)
+                    _read_json(block.text)
                 except ValueError as error:
                     raise Wrong(f"no JSON: {error}") from None
             case "text" | "proto":

@@ -109,6 +109,8 @@ def test_every_page_can_be_found():
         ("```yaml\napiVersion: v1\nkind: Pod\nspec: {env: [{name: KVINDEX_HTTP_PRT, value: '1'}]}\n```", "PRT"),
         ("```yaml\n- {pod: a}\n```", "endpoint"),
         ("```json\n{,}\n```", "no JSON"),
+        ('```json\n{"a": 1}\n{,}\n```', "no JSON"),
+        ("```console\n$ kvindex score --no-such https://kvindex:8080 1\n```", "--no-such"),
         ("```cobol\nSTOP RUN\n```", "cobol"),
     ],
 )
