@@ -167,6 +167,9 @@ class Index(Protocol):
     Only event appliers call `register`, `apply`, `apply_all`, `restart`, `degrade`, `recount`, `expire`, `forget` and
     `release`; one caller at a time per source, any number for different sources. Every other method may be called from
     any thread at any time; answers are snapshots in which the holders of each block are whole.
+
+    An index whose `match` waits for nobody, as one in this process, may say so with an attribute ``never_waits =
+    True``: an event loop then asks it about short prompts itself.
     """
 
     def register(

@@ -101,17 +101,26 @@ def extend_chain(
     return cast("list[BlockKey]", keys)
 
 
-def image_extra(images: Sequence[ImageItem], start: int, end: int, *, bare: bool = False) -> bytes:
-    """Give the extra bytes of the block of tokens `start` to `end` (exclusive) of a prompt with these images.
+def image_extras(images: Sequence[ImageItem], block_size: int, blocks: range, *, bare: bool = False) -> list[bytes]:
+    """Give the extra bytes of some consecutive blocks of a prompt with these images, b"" for a block without.
 
     They are the msgpack of ``[[identifier, offset in the block], ...]`` for the images that reach into the block, by
     place; the offset is negative in blocks after an image's start. `bare` leaves the offsets out (see
     `BlockStored.bare_images`).
     """
-    inside = sorted(((first, name) for name, first, length in images if first < end and first + length > start))
-    if not inside:
-        return b""
-    return msgspec.msgpack.encode([name if bare else [name, first - start] for first, name in inside])
+    inside: dict[int, list[tuple[int, str]]] = {}
+    for name, first, length in images:
+        end = -(-(first + length) // block_size)
+        for block in range(max(first // block_size, blocks.start), min(end, blocks.stop)):
+            inside.setdefault(block, []).append((first, name))
+    extras = [b""] * len(blocks)
+    for block, found in inside.items():
+        found.sort()
+        start = block * block_size
+        extras[block - blocks.start] = msgspec.msgpack.encode(
+            [name if bare else [name, first - start] for first, name in found]
+        )
+    return extras
 
 
 def check_block_size(block_size: int) -> None:
@@ -138,8 +147,5 @@ def block_keys(
     """
     check_block_size(block_size)
     tokens = token_buffer(token_ids)
-    extras = None
-    if mm_items:
-        blocks = len(tokens) // (4 * block_size)
-        extras = [image_extra(mm_items, i * block_size, (i + 1) * block_size) for i in range(blocks)]
+    extras = image_extras(mm_items, block_size, range(len(tokens) // (4 * block_size))) if mm_items else None
     return extend_chain(root_key(model, block_size, lora_name, cache_salt), tokens, block_size, extras)

@@ -29,6 +29,8 @@ class MemoryIndex(TrackingIndex):
     answer that was worked out meanwhile is worked out again.
     """
 
+    never_waits = True
+
     def __init__(self, limits: Limits | None = None) -> None:
         super().__init__(limits)
         self._table: dict[BlockKey, int] = {}

@@ -18,6 +18,8 @@ from indexer.sections import source_of
 class NativeIndex:
     """An `Index` in this process. All methods may be called from any thread."""
 
+    never_waits = True
+
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._index = _native.Index(self._limits, Run, Holding, SourceStatus)

@@ -9,7 +9,7 @@ from indexer.keys import (
     TokenIds,
     check_block_size,
     extend_chain,
-    image_extra,
+    image_extras,
     root_key,
     token_buffer,
 )
@@ -67,8 +67,7 @@ class Prompt:
             parent = chain[-1] if chain else root_key(self.model, block_size, self.lora_name, self.cache_salt)
             extras = None
             if self.images:
-                places = ((i * block_size, (i + 1) * block_size) for i in range(done, upto))
-                extras = [image_extra(self.images, start, end, bare=bare) for start, end in places]
+                extras = image_extras(self.images, block_size, range(done, upto), bare=bare)
             span = self.tokens[4 * block_size * done : 4 * block_size * upto]
             chain += extend_chain(parent, span, block_size, extras)
         return chain

@@ -62,11 +62,10 @@ class AnswerMetrics(Collector):
             yield from one.collect()
 
     @contextmanager
-    def question(self, by: Carrier) -> Iterator["AnswerMetrics"]:
-        """Count and time what is done inside as one question; an exception says that there is no answer."""
-        begun = time.perf_counter()
+    def failures(self, by: Carrier) -> Iterator[None]:
+        """Count an exception inside as a question without an answer."""
         try:
-            yield self
+            yield
         except (IndexUnavailable, Unavailable):
             self._outcomes[by, "unavailable"].inc()
             raise
@@ -76,23 +75,38 @@ class AnswerMetrics(Collector):
         except Exception:
             self._outcomes[by, "failed"].inc()
             raise
+
+    @contextmanager
+    def question(self, by: Carrier) -> Iterator["AnswerMetrics"]:
+        """Count and time what is done inside as one question; an exception says that there is no answer."""
+        begun = time.perf_counter()
+        with self.failures(by):
+            yield self
+        self.answered(by, time.perf_counter() - begun)
+
+    def answered(self, by: Carrier, seconds: float) -> None:
+        """Count one question that was answered in so many seconds."""
         self._outcomes[by, "answered"].inc()
         self._lookups.inc()
-        self._latency.observe(time.perf_counter() - begun)
+        self._latency.observe(seconds)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do the matching in a thread, so that the event loop goes on; the wait for one is a stage too."""
         came = time.perf_counter()
 
         def timed() -> T:
-            begun = time.perf_counter()
-            self._wait.observe(begun - came)
-            try:
-                return work(*args, **kwargs)
-            finally:
-                self._match.observe(time.perf_counter() - begun)
+            self._wait.observe(time.perf_counter() - came)
+            return self.run_at_once(work, *args, **kwargs)
 
         return await asyncio.to_thread(timed)
+
+    def run_at_once(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the matching here and now."""
+        begun = time.perf_counter()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            self._match.observe(time.perf_counter() - begun)
 
     def tokenized(self, timings: Timings) -> None:
         """Count the stages of a question that was text, as far as it went through them."""

@@ -7,7 +7,6 @@ import msgspec
 from litestar import Request, post
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import JSONBody
 from litestar.status_codes import HTTP_200_OK, HTTP_404_NOT_FOUND
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -16,28 +15,8 @@ from indexer import Prompt
 from kvevents import discovery
 from kvindex.meanings import meaning_of
 from kvindex.pods import name_of
-from kvindex.scoring import read_prompts, refusal, refuse_unknown
-from scorer import ERROR_BOUNDS, InvalidRequest, Observation, PrefixScorer, ScorerError
-
-
-class RoutedRequest(msgspec.Struct):
-    """A prompt is sent to this pod now. The prompt is as in `/v1/score`, also the body of an OpenAI request."""
-
-    pod: str
-    model: str
-    token_ids: list[int] | None = None
-    prompt: str | list[Any] | None = None
-    messages: list[dict[str, Any]] | None = None
-    rank: int | None = None
-    lora_name: str | None = None
-    cache_salt: str | None = None
-    mm_items: list[tuple[str, int, int]] = []
-
-
-class ObserveRequest(RoutedRequest, kw_only=True):
-    """The pod reused so many tokens of it."""
-
-    cached_tokens: int
+from kvindex.questions import OBSERVE, ROUTED, Question, RoutedText, RoutedTokens, prompts_of
+from scorer import ERROR_BOUNDS, InvalidRequest, Observation, PrefixScorer
 
 
 class RoutedAnswer(msgspec.Struct):
@@ -51,47 +30,39 @@ def feedback_routes(
 ) -> list[HTTPRouteHandler]:
     """Make `/v1/routed` and `/v1/observe`. A pod that the index does not know is answered with 404."""
 
-    async def read(data: RoutedRequest, body: bytes) -> Prompt:
-        if data.token_ids is not None:
-            refuse_unknown(type(data), body)
-        prompts = await read_prompts(scorer, body, max_tokens=max_tokens)
+    async def prompt(told: Question) -> Prompt:
+        prompts = await prompts_of(told, scorer, max_tokens=max_tokens)
         if len(prompts) > 1:
             raise InvalidRequest(f"prompt: {len(prompts)} prompts; say each by itself")
         return prompts[0]
 
     @post("/v1/routed", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def routed(request: Request[Any, Any, Any], data: JSONBody[RoutedRequest]) -> RoutedAnswer:
+    async def routed(request: Request[Any, Any, Any]) -> RoutedAnswer:
         """Say that a prompt is sent to a pod now: its blocks count as speculative for a while."""
-        try:
-            prompt = await read(data, await request.body())
-            known = await scorer.arouted(name_of(data.pod, followed), prompt, rank=data.rank)
-        except ScorerError as error:
-            raise refusal(error) from error
+        told = ROUTED.read(await request.body())
+        known = await scorer.arouted(name_of(told.pod, followed), await prompt(told), rank=told.rank)
         if not known:
-            raise _unknown(data)
-        return RoutedAnswer(data.pod)
+            raise _unknown(told)
+        return RoutedAnswer(told.pod)
 
     @post("/v1/observe", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def observe(request: Request[Any, Any, Any], data: JSONBody[ObserveRequest]) -> Observation:
+    async def observe(request: Request[Any, Any, Any]) -> Observation:
         """Say what the engine reused of a prompt: the error of the prediction is measured."""
-        try:
-            prompt = await read(data, await request.body())
-            name = name_of(data.pod, followed)
-            seen = await scorer.aobserve(name, prompt, cached_tokens=data.cached_tokens, rank=data.rank)
-        except ScorerError as error:
-            raise refusal(error) from error
+        told = OBSERVE.read(await request.body())
+        name = name_of(told.pod, followed)
+        seen = await scorer.aobserve(name, await prompt(told), cached_tokens=told.cached_tokens, rank=told.rank)
         if seen.outcome == "unknown_pod":
-            raise _unknown(data)
+            raise _unknown(told)
         return seen
 
     return [routed, observe]
 
 
-def _unknown(data: RoutedRequest) -> HTTPException:
-    rank = "" if data.rank is None else f", rank {data.rank}"
+def _unknown(told: RoutedTokens | RoutedText) -> HTTPException:
+    rank = "" if told.rank is None else f", rank {told.rank}"
     return HTTPException(
         status_code=HTTP_404_NOT_FOUND,
-        detail=f"pod {data.pod[:200]!r}{rank}: no such pod of model {data.model[:200]!r}; GET /v1/pods lists them",
+        detail=f"pod {told.pod[:200]!r}{rank}: no such pod of model {told.model[:200]!r}; GET /v1/pods lists them",
     )
 
 

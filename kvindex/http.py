@@ -1,13 +1,11 @@
 """The HTTP service."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-from litestar import Litestar, Request, Response, delete, get, put
+from litestar import Litestar, Response, delete, get, put
 from litestar.exceptions import HTTPException
-from litestar.openapi.config import OpenAPIConfig
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
 from litestar.status_codes import (
@@ -16,56 +14,25 @@ from litestar.status_codes import (
     HTTP_400_BAD_REQUEST,
     HTTP_404_NOT_FOUND,
     HTTP_409_CONFLICT,
-    HTTP_500_INTERNAL_SERVER_ERROR,
     HTTP_503_SERVICE_UNAVAILABLE,
 )
+from prometheus_client.registry import Collector
 
-from indexer import Index, IndexUnavailable, InvalidQuestion
+from indexer import Index, InvalidQuestion
 from kvevents import EventPool, PodTaken, SubscriptionError, discovery
+from kvindex import problems
 from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
+from kvindex.openapi import openapi_routes
 from kvindex.pods import forget_pod
 from kvindex.readiness import Readiness
-from kvindex.scoring import score_route
+from kvindex.scoring import Scoring, score_routes
 from kvindex.snapshots import Busy, Snapshots
-from kvindex.stats import Stats
+from kvindex.stats import Pods, Stats, statuses_of
 from kvindex.tokenizing import PromptMetrics
 from scorer import PrefixScorer
-
-_SOON = {"Retry-After": "1"}
-
-
-class PodStatus(msgspec.Struct):
-    """What is known of one rank of a pod."""
-
-    pod: str
-    rank: int
-    model: str
-    blocks: int
-    tiers: dict[str, int]
-    block_sizes: list[int]
-    incarnation: int
-    trust: str
-    reason: str
-    since: float
-    last_seq: int | None
-    connected: bool | None
-
-
-class Pods(msgspec.Struct):
-    """All pods that are followed."""
-
-    pods: list[PodStatus]
-
-
-class Problem(msgspec.Struct):
-    """What was wrong with a request (RFC 9457)."""
-
-    title: str
-    status: int
-    detail: str
 
 
 def create_app(
@@ -79,9 +46,10 @@ def create_app(
     checks: Checks | None = None,
     snapshots: Snapshots | None = None,
     answers: AnswerMetrics | None = None,
+    collectors: Sequence[Collector] = (),
 ) -> Litestar:
-    """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/v1/snapshot`,
-    `/healthz`, `/readyz`, `/metrics`, and OpenAPI at `/schema`.
+    """Make the application: `/v1/score`, `/v1/score_batch`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`,
+    `/v1/snapshot`, `/healthz`, `/readyz`, `/metrics`, and OpenAPI at `/schema`.
 
     Without a `follower` all pods are those of requests and of endpoints that the pool has bound.
     """
@@ -90,36 +58,16 @@ def create_app(
     answers = answers or AnswerMetrics()
     snapshots = snapshots or Snapshots(pool)
     readiness = Readiness(index, pool, followed)
-    collectors = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers)
-    metrics = Metrics(index, pool, followed, *collectors)
+    ours = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers)
+    metrics = Metrics(index, pool, followed, *ours, *collectors)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 
-    score = score_route(scorer, followed, checks, answers, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
+    scoring = Scoring(scorer, followed, checks, answers, max_tokens=max_tokens)
 
     @get("/v1/pods")
     async def pods() -> Pods:
         """Describe all pods that are followed."""
-        sequences, connected = pool.sequences(), pool.connected()
-        statuses = await asyncio.to_thread(index.sources)
-        return Pods(
-            [
-                PodStatus(
-                    pod=status.source.pod,
-                    rank=status.source.rank,
-                    model=status.model,
-                    blocks=status.blocks,
-                    tiers=status.tiers,
-                    block_sizes=status.block_sizes,
-                    incarnation=status.incarnation,
-                    trust="degraded" if status.degraded else "exact",
-                    reason=status.degraded,
-                    since=status.degraded_since,
-                    last_seq=sequences.get(status.source, status.last_seq),
-                    connected=connected.get(status.source.pod),
-                )
-                for status in statuses
-            ]
-        )
+        return Pods(await asyncio.to_thread(statuses_of, index, pool))
 
     @get("/v1/stats")
     async def stats() -> Stats:
@@ -132,11 +80,7 @@ def create_app(
         if not await asyncio.to_thread(forget_pod, pod, followed, index, pool):
             raise HTTPException(status_code=HTTP_404_NOT_FOUND, detail=f"pod {pod!r}: nobody follows it")
 
-    @put(
-        "/v1/pods/{pod:str}",
-        status_code=HTTP_204_NO_CONTENT,
-        responses={HTTP_201_CREATED: ResponseSpec(None, description="It was not known before")},
-    )
+    @put("/v1/pods/{pod:str}", status_code=HTTP_204_NO_CONTENT)
     async def register(pod: FromPath[str], data: JSONBody[discovery.PodBody]) -> Response[None]:
         """Follow a pod, or follow it otherwise than before."""
         try:
@@ -166,12 +110,16 @@ def create_app(
         """Give all that the index knows, for another one that follows the same pods."""
         if missing := await asyncio.to_thread(readiness.missing):
             raise HTTPException(
-                status_code=HTTP_503_SERVICE_UNAVAILABLE, detail=f"the index waits itself: {missing}", headers=_SOON
+                status_code=HTTP_503_SERVICE_UNAVAILABLE,
+                detail=f"the index waits itself: {missing}",
+                headers=dict(problems.SOON),
             )
         try:
             return Stream(snapshots.stream(), media_type="application/octet-stream")
         except Busy as busy:
-            raise HTTPException(status_code=HTTP_503_SERVICE_UNAVAILABLE, detail=str(busy), headers=_SOON) from busy
+            raise HTTPException(
+                status_code=HTTP_503_SERVICE_UNAVAILABLE, detail=str(busy), headers=dict(problems.SOON)
+            ) from busy
         except InvalidQuestion as error:
             raise HTTPException(status_code=HTTP_409_CONFLICT, detail=str(error)) from error
 
@@ -181,45 +129,12 @@ def create_app(
         return await asyncio.to_thread(metrics.text)
 
     return Litestar(
-        [score, *feedback, pods, stats, register, forget, snapshot, healthz, readyz, metrics_text],
-        openapi_config=OpenAPIConfig(title="kvindex", version="1"),
-        exception_handlers={
-            HTTPException: _problem,
-            IndexUnavailable: _unavailable,
-            RecursionError: _too_deep,
-            UnicodeDecodeError: _no_text,
-            HTTP_500_INTERNAL_SERVER_ERROR: _failure,
-        },
+        [
+            *score_routes(scoring, max_body_bytes=max_body_bytes),
+            *feedback,
+            *(pods, stats, register, forget, snapshot, healthz, readyz, metrics_text),
+            *openapi_routes(),
+        ],
+        openapi_config=None,
+        exception_handlers=problems.HANDLERS,
     )
-
-
-def _problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
-    details = [_readable(part) for part in error.extra or [] if isinstance(part, dict)]
-    problem = Problem(type(error).__name__, error.status_code, "; ".join(details) or error.detail)
-    return Response(
-        problem, status_code=error.status_code, headers=error.headers, media_type="application/problem+json"
-    )
-
-
-def _too_deep(_: Request[Any, Any, Any], __: RecursionError) -> Response[Problem]:
-    problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: nested too deeply")
-    return Response(problem, status_code=problem.status, media_type="application/problem+json")
-
-
-def _no_text(_: Request[Any, Any, Any], __: UnicodeDecodeError) -> Response[Problem]:
-    problem = Problem("Bad request", HTTP_400_BAD_REQUEST, "body: not UTF-8")
-    return Response(problem, status_code=problem.status, media_type="application/problem+json")
-
-
-def _unavailable(_: Request[Any, Any, Any], error: IndexUnavailable) -> Response[Problem]:
-    problem = Problem("Index unavailable", 503, str(error))
-    return Response(problem, status_code=problem.status, headers=_SOON, media_type="application/problem+json")
-
-
-def _failure(_: Request[Any, Any, Any], __: Exception) -> Response[Problem]:
-    problem = Problem("Internal error", HTTP_500_INTERNAL_SERVER_ERROR, "the service failed; its log says why")
-    return Response(problem, status_code=problem.status, media_type="application/problem+json")
-
-
-def _readable(part: dict[str, Any]) -> str:
-    return f"{part.get('key') or 'body'}: {part.get('message', '')}"

@@ -1,38 +1,28 @@
-"""`POST /v1/score`: which pods hold how much of a prompt, given as token ids, text, messages or an OpenAI body."""
+"""`POST /v1/score` and `/v1/score_batch`: which pods hold how much of a prompt, or of many."""
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
 from litestar import Request, Response, post
-from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import JSONBody
-from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST, HTTP_422_UNPROCESSABLE_ENTITY
+from litestar.status_codes import HTTP_200_OK
 
 from indexer import Prompt
 from kvevents import discovery
 from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
-from scorer import InvalidRequest, NoTokenizer, PodMatch, PrefixScorer, ScorerError, Timings, Unavailable, scores_of
-
-
-class ScoreRequest(msgspec.Struct):
-    """One question: which pods hold how much of this prompt?
-
-    With `prompt` or `messages` it may be the body of `/v1/completions` or `/v1/chat/completions` as it is; fields that
-    do not decide which blocks fit are passed over. With `token_ids` unknown fields are refused.
-    """
-
-    model: str
-    token_ids: list[int] | None = None
-    prompt: str | list[Any] | None = None
-    messages: list[dict[str, Any]] | None = None
-    pods: list[str] | None = None
-    lora_name: str | None = None
-    cache_salt: str | None = None
-    mm_items: list[tuple[str, int, int]] = []
-    timings: bool = False
+from kvindex.questions import (
+    SCORE,
+    ScoreText,
+    ScoreTokens,
+    check_length,
+    prompt_of,
+    prompts_of,
+    read_batch,
+)
+from scorer import Body, InvalidRequest, PodMatch, PrefixScorer, ScorerError, Timings, numbered, scores_of
 
 
 class ScoreAnswer(msgspec.Struct, omit_defaults=True):
@@ -47,96 +37,129 @@ class ScoreAnswer(msgspec.Struct, omit_defaults=True):
     """Seconds by stage, where the question asked for them."""
 
 
-_NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw])
+class BatchAnswer(msgspec.Struct):
+    """The answers to a batch of questions, in order."""
+
+    answers: list[ScoreAnswer]
 
 
-def score_route(
-    scorer: PrefixScorer,
-    followed: discovery.Follower,
-    checks: Checks,
-    answers: AnswerMetrics,
-    *,
-    max_tokens: int,
-    max_body_bytes: int,
-) -> HTTPRouteHandler:
-    """Make the route."""
+_ENCODER = msgspec.json.Encoder()
+
+
+class Scoring:
+    """Answers questions that came over HTTP, and counts them."""
+
+    def __init__(
+        self,
+        scorer: PrefixScorer,
+        followed: discovery.Follower,
+        checks: Checks,
+        answers: AnswerMetrics,
+        *,
+        max_tokens: int,
+    ) -> None:
+        self._scorer = scorer
+        self._followed = followed
+        self._asked = checks.asked
+        self._answers = answers
+        self._max_tokens = max_tokens
+
+    async def score(self, body: bytes) -> tuple[bytes, str]:
+        """Answer one question; give the answer and what `Server-Timing` says of it. Raises `ScorerError`."""
+        begun = time.perf_counter()
+        timings = Timings()
+        with self._answers.question("http") as counted:
+            question = SCORE.read(body)
+            pods = self._pods_of(question)
+            prompts = await prompts_of(question, self._scorer, timings, max_tokens=self._max_tokens)
+            made = time.perf_counter()
+            asked = timings if question.timings else None
+            if asked is None and len(prompts) == 1 and self._scorer.answers_at_once(prompts[0]):
+                matches = counted.run_at_once(self._scorer.match, prompts[0], pods=pods)
+            else:
+                matches = await counted.run(self._scorer.match_all, prompts, pods=pods, timings=asked)
+            answer = self._answer(prompts, matches, asked)
+        self._answers.tokenized(timings)
+        matched = time.perf_counter()
+        encoded = _ENCODER.encode(answer)
+        stages = {
+            "read": made - begun - timings.render - timings.tokenize,
+            "render": timings.render,
+            "tokenize": timings.tokenize,
+            "match": matched - made,
+            "encode": time.perf_counter() - matched,
+        }
+        return encoded, server_timing(stages)
+
+    async def score_batch(self, body: bytes) -> tuple[bytes, str]:
+        """Answer a batch of questions, all or none. Raises `ScorerError`, which names the question."""
+        begun = time.perf_counter()
+        with self._answers.failures("http"):
+            questions = read_batch(body)
+            read = time.perf_counter()
+            answers = await asyncio.to_thread(self._answer_all, questions)
+        matched = time.perf_counter()
+        encoded = _ENCODER.encode(BatchAnswer(answers))
+        stages = {"read": read - begun, "match": matched - read, "encode": time.perf_counter() - matched}
+        return encoded, server_timing(stages)
+
+    def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> list[ScoreAnswer]:
+        each = self._prompts_of_all(questions)
+        check_length("questions", sum(prompt.length for prompts in each for prompt in prompts), self._max_tokens)
+        answers = []
+        for question, prompts in zip(questions, each, strict=True):
+            begun = time.perf_counter()
+            timings = Timings() if question.timings else None
+            pods = self._pods_of(question)
+            matches = self._answers.run_at_once(self._scorer.match_all, prompts, pods=pods, timings=timings)
+            answers.append(self._answer(prompts, matches, timings))
+            self._answers.answered("http", time.perf_counter() - begun)
+        return answers
+
+    def _prompts_of_all(self, questions: list[ScoreTokens | ScoreText]) -> list[list[Prompt]]:
+        asked: list[Prompt | Body] = []
+        for number, question in enumerate(questions):
+            try:
+                asked.append(question if isinstance(question, Body) else prompt_of(question, self._scorer))
+            except InvalidRequest as error:
+                raise numbered(error, number, "questions") from error
+        try:
+            return self._scorer.prompts.each(asked)
+        except ScorerError as error:
+            raise type(error)(f"questions{error}") from error
+
+    def _pods_of(self, question: ScoreTokens | ScoreText) -> list[str] | None:
+        pods = None if question.pods is None else self._followed.resolve(question.pods)
+        self._asked.note(self._scorer.prompts.tokenizers.resolve(question.model)[0], pods)
+        return pods
+
+    def _answer(self, prompts: list[Prompt], matches: list[PodMatch], timings: Timings | None) -> ScoreAnswer:
+        tokens, size = sum(prompt.length for prompt in prompts), self._scorer.block_size(prompts[0].model)
+        self._answers.found(matches, tokens=tokens, block_size=size)
+        scores = scores_of(matches)
+        return ScoreAnswer(scores, matches, size, tokens, next(iter(scores), None), timings)
+
+
+def server_timing(stages: dict[str, float]) -> str:
+    """Give the value of the header `Server-Timing` for some stages in seconds (https://www.w3.org/TR/server-timing/)."""
+    return ", ".join(f"{stage};dur={1000 * seconds:.3f}" for stage, seconds in stages.items() if seconds > 0)
+
+
+def score_routes(scoring: Scoring, *, max_body_bytes: int) -> list[HTTPRouteHandler]:
+    """Make the routes."""
 
     @post("/v1/score", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
-    async def score(request: Request[Any, Any, Any], data: JSONBody[ScoreRequest]) -> Response[ScoreAnswer]:
+    async def score(request: Request[Any, Any, Any]) -> Response[bytes]:
         """Say which pods hold how much of a prompt."""
-        timings = Timings()
-        model, adapter = scorer.prompts.tokenizers.resolve(data.model)
-        pods = None if data.pods is None else followed.resolve(data.pods)
-        checks.asked.note(model, pods)
-        try:
-            with answers.question("http") as question:
-                if data.token_ids is not None:
-                    refuse_unknown(ScoreRequest, await request.body())
-                    _check_length("token_ids", len(data.token_ids), max_tokens)
-                if data.token_ids is not None and not data.timings and adapter is None:
-                    length = len(data.token_ids)
-                    matches = await question.run(
-                        scorer.match,
-                        data.token_ids,
-                        model=model,
-                        pods=pods,
-                        lora_name=data.lora_name,
-                        cache_salt=data.cache_salt,
-                        mm_items=data.mm_items,
-                    )
-                else:
-                    prompts = await read_prompts(scorer, await request.body(), timings, max_tokens=max_tokens)
-                    length = sum(prompt.length for prompt in prompts)
-                    asked = timings if data.timings else None
-                    matches = await question.run(scorer.match_all, prompts, pods=pods, timings=asked)
-                size = await asyncio.to_thread(scorer.block_size, model)
-                question.found(matches, tokens=length, block_size=size)
-        except ScorerError as error:
-            raise refusal(error) from error
-        answers.tokenized(timings)
-        scores = scores_of(matches)
-        best = next(iter(scores), None)
-        told = timings if data.timings else None
-        return Response(ScoreAnswer(scores, matches, size, length, best, told))
+        return _response(*await scoring.score(await request.body()))
 
-    return score
+    @post("/v1/score_batch", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
+    async def score_batch(request: Request[Any, Any, Any]) -> Response[bytes]:
+        """Say which pods hold how much of each of many prompts."""
+        return _response(*await scoring.score_batch(await request.body()))
+
+    return [score, score_batch]
 
 
-def refusal(error: ScorerError) -> HTTPException:
-    """Give the answer for a question that cannot be answered."""
-    if isinstance(error, NoTokenizer):
-        return HTTPException(status_code=HTTP_422_UNPROCESSABLE_ENTITY, detail=str(error))
-    if isinstance(error, Unavailable):
-        return HTTPException(status_code=503, detail=str(error), headers={"Retry-After": "1"})
-    return HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error))
-
-
-async def read_prompts(
-    scorer: PrefixScorer, body: bytes, timings: Timings | None = None, *, max_tokens: int
-) -> list[Prompt]:
-    """Give the prompts of a body, made off the event loop. Raises `ScorerError`."""
-    field, prompts = await scorer.prompts.run(_read, scorer, body, timings)
-    _check_length(field, sum(prompt.length for prompt in prompts), max_tokens)
-    return prompts
-
-
-def refuse_unknown(kind: type[msgspec.Struct], body: bytes) -> None:
-    """Refuse what a body has beside token ids and their like: a name spelt wrong must not change an answer unseen."""
-    known = {field.name for field in msgspec.structs.fields(kind)} - {"prompt", "messages"}
-    if unknown := sorted(_NAMES.decode(body).keys() - known):
-        raise InvalidRequest(f"{unknown[0][:80]}: unknown field beside token_ids; known are {', '.join(sorted(known))}")
-
-
-def _read(scorer: PrefixScorer, body: bytes, timings: Timings | None) -> tuple[str, list[Prompt]]:
-    """The field that has the prompts, and the prompts."""
-    try:
-        whole = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # in a field that was passed over when it was read first
-        raise InvalidRequest(f"body: {error}") from error
-    prompts = scorer.prompts.read(whole, timings)
-    return next(name for name in ("token_ids", "prompt", "messages") if whole.get(name) is not None), prompts
-
-
-def _check_length(field: str, length: int, max_tokens: int) -> None:
-    if length > max_tokens:
-        raise InvalidRequest(f"{field}: {length} tokens, at most {max_tokens} are answered")
+def _response(answer: bytes, timing: str) -> Response[bytes]:
+    return Response(answer, media_type="application/json", headers={"Server-Timing": timing})

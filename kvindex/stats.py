@@ -12,8 +12,8 @@ from kvevents import EventPool, discovery
 _MOST_NAMES = 256
 
 
-class PodStats(msgspec.Struct, frozen=True):
-    """One rank of a pod."""
+class PodStatus(msgspec.Struct, frozen=True):
+    """What is known of one rank of a pod."""
 
     pod: str
     rank: int
@@ -22,9 +22,12 @@ class PodStats(msgspec.Struct, frozen=True):
     tiers: dict[str, int]
     block_sizes: list[int]
     trust: str
+    """``exact``, or ``degraded``: then `reason` says why."""
     reason: str
     connected: bool | None
+    """Whether its publisher is; None for those that connect to us."""
     last_seq: int | None
+    """The number of the last message that was applied."""
     messages: int
     """Applied since the service started."""
     gaps: int
@@ -36,6 +39,16 @@ class PodStats(msgspec.Struct, frozen=True):
     """Seconds since the last message was applied; None where none was."""
     live_s: float | None = None
     """Seconds since the last one that came by itself."""
+    incarnation: int = 0
+    """Which life of the rank it is."""
+    since: float = 0.0
+    """When its answers began to be degraded, in seconds since the epoch; 0.0 where they are exact."""
+
+
+class Pods(msgspec.Struct, frozen=True):
+    """Every rank of every pod that is known."""
+
+    pods: list[PodStatus]
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -45,7 +58,7 @@ class Stats(msgspec.Struct, frozen=True):
     """When, in seconds since the epoch."""
     index: dict[str, int]
     pool: dict[str, int]
-    pods: list[PodStats]
+    pods: list[PodStatus]
     not_connected: list[str] = []
     """Subscribed pods whose publisher cannot be reached."""
     followed: list[str] = []
@@ -91,31 +104,25 @@ class Asked:
             self._models, self._pods = {}, {}
 
 
-def collect(
-    index: Index,
-    pool: EventPool,
-    asked: Asked,
-    followed: Mapping[str, discovery.Found],
-    *,
-    block_size: int | None = None,
-) -> Stats:
-    """Look at a service that follows these pods. Raises `IndexUnavailable`."""
+def statuses_of(index: Index, pool: EventPool) -> list[PodStatus]:
+    """Look at all pods. Raises `IndexUnavailable`."""
     now = time.time()
     connected, heard, sequences = pool.connected(), pool.heard(), pool.sequences()
-    models, pods = asked.names()
     statuses = []
     for status in index.sources():
         last = heard.get(status.source)
         statuses.append(
-            PodStats(
+            PodStatus(
                 pod=status.source.pod,
                 rank=status.source.rank,
                 model=status.model,
                 blocks=status.blocks,
                 tiers=status.tiers,
                 block_sizes=status.block_sizes,
+                incarnation=status.incarnation,
                 trust="degraded" if status.degraded else "exact",
                 reason=status.degraded,
+                since=status.degraded_since,
                 connected=connected.get(status.source.pod),
                 last_seq=sequences.get(status.source, status.last_seq),
                 messages=last.messages if last else 0,
@@ -125,12 +132,25 @@ def collect(
                 live_s=now - last.live_at if last and last.live_at is not None else None,
             )
         )
+    return statuses
+
+
+def collect(
+    index: Index,
+    pool: EventPool,
+    asked: Asked,
+    followed: Mapping[str, discovery.Found],
+    *,
+    block_size: int | None = None,
+) -> Stats:
+    """Look at a service that follows these pods. Raises `IndexUnavailable`."""
+    models, pods = asked.names()
     return Stats(
-        at=now,
+        at=time.time(),
         index=dict(index.stats()),
         pool=pool.stats(),
-        pods=statuses,
-        not_connected=sorted(pod for pod, is_connected in connected.items() if not is_connected),
+        pods=statuses_of(index, pool),
+        not_connected=sorted(pod for pod, is_connected in pool.connected().items() if not is_connected),
         followed=sorted(followed),
         unheard=pool.unheard(),
         block_size=block_size,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from kvindex.doctor.run import fetch_stats
 from kvindex.errors import UserError
-from kvindex.stats import PodStats, Stats
+from kvindex.stats import PodStatus, Stats
 
 _COLUMNS = ("pod", "rank", "model", "trust", "blocks", "last seq", "messages/s", "lag", "silent", "gaps")
 
@@ -44,7 +44,7 @@ def run_watch_service(url: str, *, seconds: float = 0.0, every: float = 1.0) -> 
         return 0
 
 
-def cells(status: PodStats, now: Stats, before: Stats | None) -> list[str]:
+def cells(status: PodStatus, now: Stats, before: Stats | None) -> list[str]:
     """Give what is shown of one rank of a pod, in the order of the columns."""
     was = (
         next((one for one in before.pods if (one.pod, one.rank) == (status.pod, status.rank)), None) if before else None

@@ -26,3 +26,8 @@ class TemplateFailed(InvalidRequest):
 
 class Unavailable(ScorerError):
     """Too many questions wait, or the remote tokenizer does not answer: ask again later."""
+
+
+def numbered(error: ScorerError, number: int, name: str = "") -> ScorerError:
+    """Give the same error about one of many questions: `name` is what holds them, `number` which one."""
+    return type(error)(f"{name}[{number}]{'.' if isinstance(error, InvalidRequest) else ': '}{error}")

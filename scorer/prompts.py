@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeAlias, TypeVa
 import msgspec
 
 from indexer import InvalidQuestion, Prompt
-from scorer.errors import InvalidRequest, NoTokenizer, ScorerError, Unavailable
+from scorer.errors import InvalidRequest, NoTokenizer, ScorerError, Unavailable, numbered
 from scorer.prefix_store import PrefixStore, check_text
 from scorer.rendering import Renderer
-from scorer.requests import ChatBody, Request, read_request
+from scorer.requests import Body, ChatBody, Request, check_items, read_request
 from scorer.templates import render_chat
 from scorer.tokenizers import LoadedModel, Tokenizers
 
@@ -115,7 +115,19 @@ class Prompts:
         if self.store is not None:
             self.store.close()
 
-    def read(self, body: Mapping[str, Any], timings: Timings | None = None) -> list[Prompt]:
+    def identity(self, model: str, lora_name: str | int | None = None) -> tuple[str, str | int | None]:
+        """Give the model and the adapter that are meant: a model's name may be an alias or, as with vLLM, an adapter's.
+
+        Raises `InvalidRequest` where two adapters are named.
+        """
+        base, adapter = self.tokenizers.resolve(model)
+        if adapter is None:
+            return base, lora_name
+        if lora_name not in (None, adapter):
+            raise InvalidRequest(f"lora_name: {lora_name!r}, but model {model!r} is the adapter {adapter!r}")
+        return base, adapter
+
+    def read(self, body: Mapping[str, Any] | Body, timings: Timings | None = None) -> list[Prompt]:
         """Give the prompts of an OpenAI completions or chat body as it is (`scorer.requests`).
 
         Raises `InvalidRequest`, `NoTokenizer` or `Unavailable`.
@@ -132,17 +144,23 @@ class Prompts:
         loaded = self.tokenizers.get(self.tokenizers.resolve(model)[0])
         return self.store.digest(text, loaded.model, tokenizer=loaded.tokenizer)
 
-    def each(self, bodies: Sequence[Mapping[str, Any]]) -> list[list[Prompt]]:
-        """Give the prompts of many bodies, some at the same time. Errors say which body is meant."""
+    def each(self, questions: Sequence[Mapping[str, Any] | Body | Prompt]) -> list[list[Prompt]]:
+        """Give the prompts of many bodies, some made at the same time; what is a prompt already stays as it is.
+
+        Errors begin with the number of the question.
+        """
 
         def one(number: int) -> list[Prompt]:
+            question = questions[number]
             try:
-                return self.read(bodies[number])
+                return [question] if isinstance(question, Prompt) else self.read(question)
             except ScorerError as error:
-                raise type(error)(f"[{number}]: {error}") from error
+                raise numbered(error, number) from error
 
+        if all(isinstance(question, Prompt) for question in questions):
+            return [one(number) for number in range(len(questions))]
         try:
-            made = self._threads.map(one, range(len(bodies)))
+            made = self._threads.map(one, range(len(questions)))
         except RuntimeError as error:
             raise Unavailable("the prompts are closed") from error
         return list(made)
@@ -162,10 +180,7 @@ class Prompts:
 
     def _made(self, request: Request, timings: Timings) -> list[Prompt]:
         who = request.identity
-        model, adapter = self.tokenizers.resolve(who.model)
-        if adapter is not None and who.lora_name not in (None, adapter):
-            raise InvalidRequest(f"lora_name: {who.lora_name!r}, but model {who.model!r} is the adapter {adapter!r}")
-        lora = who.lora_name if adapter is None else adapter
+        model, lora = self.identity(who.model, who.lora_name)
         if request.chat is not None:
             rendered = self._chat(request.chat, request, model, timings)
             return [_prompt(rendered.ids, model, lora, request, rendered.mm_items)]
@@ -262,6 +277,7 @@ def _prompt(
             raise InvalidRequest(f"truncate_prompt_tokens: {most}, but there are images among {len(ids)} tokens")
         ids = ids[:most] if request.truncation_side == "right" else ids[len(ids) - most :]
     who = request.identity
+    check_items(who.mm_items, len(ids))
     try:
         return Prompt(ids, model, lora_name=lora_name, cache_salt=who.cache_salt, mm_items=who.mm_items or mm_items)
     except InvalidQuestion as error:

@@ -140,10 +140,8 @@ class Questions(ABC):
 
         Errors begin with the number of the question.
         """
-        bodies = [question for question in questions if not isinstance(question, Prompt)]
-        made = iter(self.prompts.each(bodies))
-        asked = [[question] if isinstance(question, Prompt) else next(made) for question in questions]
-        return [sum_of_scores([self.score(prompt, pods=pods) for prompt in prompts]) for prompts in asked]
+        made = self.prompts.each(questions)
+        return [sum_of_scores([self.score(prompt, pods=pods) for prompt in prompts]) for prompts in made]
 
     async def ascore_prompt(
         self,

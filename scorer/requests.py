@@ -4,16 +4,55 @@ Fields that decide nothing of that (``temperature``, ``stream``, ...) are passed
 own, beside the ones of the API: ``token_ids``, ``lora_name``, ``mm_items``.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
+from indexer import ImageItem
 from scorer.errors import InvalidRequest
 
+MAX_TOKEN_ID = 2**32 - 1
 MAX_PROMPTS = 4096
 """Prompts in one request."""
+
+# what the schema says of fields whose types are found out where they are read
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        *(
+            {"type": "array", "items": item, "maxItems": MAX_PROMPTS}
+            for item in ({"type": "string"}, {"type": "array", "items": _TOKEN})
+        ),
+        {"type": "array", "items": _TOKEN},
+        {"type": "null"},
+    ]
+}
+_MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["function"],
+}
+
+
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
+"""What models, pods and adapters are called."""
+
+Adapter: TypeAlias = Annotated[str, Meta(max_length=512)] | Annotated[int, Meta(ge=0, le=2**63 - 1)] | None
+"""A LoRA adapter by name, or by number where an old engine sends no name."""
+
+Salt: TypeAlias = Annotated[str, Meta(max_length=4096)] | None
+
+_Place: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
+Items: TypeAlias = Annotated[
+    list[tuple[Annotated[str, Meta(max_length=512)], _Place, _Place]],
+    Meta(max_length=1024, description="(identifier, first token, number of tokens) of each image or the like"),
+]
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -23,8 +62,7 @@ class Identity(msgspec.Struct, frozen=True):
     """As the request names it: also an alias, or a LoRA adapter."""
     lora_name: str | int | None = None
     cache_salt: str | None = None
-    mm_items: list[tuple[str, int, int]] = []
-    """(identifier, first token, number of tokens) of each image or the like."""
+    mm_items: Items = []
 
 
 class ChatBody(msgspec.Struct, frozen=True):
@@ -74,15 +112,27 @@ class Request(msgspec.Struct, frozen=True):
         return default if self.add_special_tokens is None else self.add_special_tokens
 
 
-class _Body(msgspec.Struct):
-    model: str
-    prompt: Any = None
-    token_ids: Any = None
-    messages: list[dict[str, Any]] | None = None
-    lora_name: str | int | None = None
-    cache_salt: str | None = None
-    mm_items: list[tuple[str, int, int]] = []
-    tools: list[dict[str, Any]] | None = None
+class TokenBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A prompt as token ids. Unknown fields are refused: a name spelt wrong must not change an answer unseen."""
+
+    model: Name
+    token_ids: list[Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]]
+    lora_name: Adapter = None
+    cache_salt: Salt = None
+    mm_items: Items = []
+
+
+class Body(msgspec.Struct):
+    """The body of ``/v1/completions`` or ``/v1/chat/completions`` as far as it decides which cached blocks fit."""
+
+    model: Name
+    prompt: Annotated[Any, Meta(extra_json_schema=_PROMPT)] = None
+    token_ids: Annotated[Any, Meta(extra_json_schema={"type": ["array", "null"], "items": _TOKEN})] = None
+    messages: list[Annotated[dict[str, Any], Meta(extra_json_schema=_MESSAGE)]] | None = None
+    lora_name: Adapter = None
+    cache_salt: Salt = None
+    mm_items: Items = []
+    tools: list[Annotated[dict[str, Any], Meta(extra_json_schema=_TOOL)]] | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -94,14 +144,14 @@ class _Body(msgspec.Struct):
     truncation_side: Literal["left", "right"] | None = None
 
 
-def read_request(body: Mapping[str, Any]) -> Request:
+def read_request(body: Mapping[str, Any] | Body) -> Request:
     """Read the body of ``/v1/completions`` or ``/v1/chat/completions``. Raises `InvalidRequest`, which names the field.
 
     ``truncate_prompt_tokens`` of -1 means the model's length to vLLM, which is not known here: the prompt is left as it
     is, as one that fits would be there.
     """
     try:
-        read = msgspec.convert(body, _Body)
+        read = body if isinstance(body, Body) else msgspec.convert(body, Body)
     except msgspec.ValidationError as error:
         raise InvalidRequest(field_of(error)) from error
     given = [name for name in ("token_ids", "prompt", "messages") if getattr(read, name) is not None]
@@ -136,6 +186,16 @@ def field_of(error: msgspec.ValidationError) -> str:
     """Give what was wrong with a body, the field first."""
     what, _, where = str(error).partition(" - at `$")
     return f"{where.rstrip('`').lstrip('.') or 'body'}: {what}"
+
+
+def check_items(items: Sequence[ImageItem], length: int) -> None:
+    """Raise `InvalidRequest` where the items of a prompt of `length` tokens lie over one another.
+
+    No engine makes such a prompt, and its keys would take time with items times tokens.
+    """
+    covered = sum(min(first + tokens, length) - first for _, first, tokens in items if first < length)
+    if covered > length:
+        raise InvalidRequest(f"mm_items: {len(items)} items cover {covered} tokens of {length}; they may not overlap")
 
 
 def _prompts(value: Any, field: str) -> "list[str | list[int]]":  # noqa: ANN401  (what a client sent)

@@ -17,6 +17,9 @@ from scorer.questions import Questions
 TIER_WEIGHTS: Mapping[str, float] = {"gpu": 1.0, "cpu": 0.8, "disk": 0.5, "shared": 0.3}
 """What a block is worth by where it lies, where the caller does not say."""
 
+AT_ONCE_TOKENS = 4_096
+"""Tokens of a prompt that is answered in less time than it takes to hand it to a thread and back, about."""
+
 Asked: TypeAlias = "TokenIds | Prompt"
 """What a question is about: token ids, or a prompt that the caller keeps."""
 
@@ -69,6 +72,13 @@ class PrefixScorer(Questions):
     def block_size(self, model: str) -> int:
         """Give the block size that answers for this model are counted in; 16 before the model's first event."""
         return self._block_size or self._index.block_size(model) or 16
+
+    def answers_at_once(self, prompt: Prompt) -> bool:
+        """Say whether an event loop may call `match` and `score` for this prompt itself.
+
+        So it is where nobody else is waited for, as Redis is, and the prompt is short.
+        """
+        return prompt.length <= AT_ONCE_TOKENS and getattr(self._index, "never_waits", False)
 
     def match(
         self,

@@ -8,7 +8,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from indexer import AllBlocksCleared, IndexerError, Limits, Source, block_keys, open_index, prompt
-from indexer.keys import image_extra
+from indexer.keys import image_extras
 from kvevents import decode_batches
 
 from .conftest import GOLDEN, HAS_CORE, NEEDS_CORE, read_capture, removed, stored
@@ -88,8 +88,7 @@ def store(rng, source):
         more["cache_salt"] = "s"
     if rng.random() < 0.2:
         bare = rng.random() < 0.5
-        places = [((first + n) * size, (first + n + 1) * size) for n in range(len(hashes))]
-        more["extras"] = [image_extra(IMAGES, start, end, bare=bare) for start, end in places]
+        more["extras"] = image_extras(IMAGES, size, range(first, first + len(hashes)), bare=bare)
         more["bare_images"] = bare
     shape = pick(rng, "plain", "more", "fewer", "sparse", "named", "none")
     if shape == "more":

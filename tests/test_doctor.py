@@ -22,7 +22,7 @@ from kvindex.doctor.judgement import EngineSeen, Expected, judge
 from kvindex.doctor.observation import Observation
 from kvindex.doctor.probe import ask_engine, observe
 from kvindex.http import create_app
-from kvindex.stats import PodStats, Stats
+from kvindex.stats import PodStatus, Stats
 from scorer import PrefixScorer
 
 from .conftest import GOLDEN, payload, read_capture
@@ -407,7 +407,7 @@ def pod_stats(**more):
         "silent_s": 0.0,
         "live_s": 0.0,
     }
-    return PodStats(**default | more)
+    return PodStatus(**default | more)
 
 
 def service_troubles(*, before=None, pods=None, models=(), asked=(), block_size=None, configured=None, **more):

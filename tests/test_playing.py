@@ -18,7 +18,7 @@ from kvindex.captures import Capture
 from kvindex.errors import UserError
 from kvindex.playing import paced, run_play, speed_of
 from kvindex.replay import run_replay
-from kvindex.stats import Asked, PodStats, collect
+from kvindex.stats import Asked, PodStatus, collect
 from kvindex.watching import cells
 from scorer import PrefixScorer
 
@@ -148,7 +148,7 @@ def test_publishing_goes_where_it_is_told():
 
 
 def test_what_is_shown_of_a_pod():
-    status = PodStats("a", 1, "m", 5, {"gpu": 3, "cpu": 2}, [16], "exact", "", True, 9, 30, 2, 0.0123, 75.0)
+    status = PodStatus("a", 1, "m", 5, {"gpu": 3, "cpu": 2}, [16], "exact", "", True, 9, 30, 2, 0.0123, 75.0)
     now = collect(open_index(), Idle(), Asked(), {})
     now = msgspec.structs.replace(now, at=20.0, pods=[status])
     before = msgspec.structs.replace(now, at=10.0, pods=[msgspec.structs.replace(status, messages=5)])

@@ -255,7 +255,7 @@ def test_a_reader_that_asked_before_learns_of_images_without_a_place(url):
     index.apply(POD, [stored([1], range(4))])
     asked = partial(reader.match, Prompt(range(4), MODEL, mm_items=images))
     assert asked()[0].tokens == 0
-    bare = stored([2], range(4), extras=[prompt.image_extra(images, 0, 4, bare=True)], bare_images=True)
+    bare = stored([2], range(4), extras=prompt.image_extras(images, 4, range(1), bare=True), bare_images=True)
     index.apply(POD, [bare])
     assert asked()[0].tokens == 4
 

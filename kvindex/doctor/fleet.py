@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from kvindex.doctor.findings import Finding, ok
 from kvindex.doctor.judgement import LATE_S, model_unknown, pod_unknown
-from kvindex.stats import PodStats, Stats
+from kvindex.stats import PodStatus, Stats
 
 CHECKS = (
     *("pods", "connected", "trust", "model", "pod", "block_size"),
@@ -103,7 +103,7 @@ def _trust(now: Stats, past: Stats) -> Iterator[Finding]:
         yield ok("trust", "every answer is exact")
 
 
-def _words(now: Stats, past: Stats) -> Iterator[tuple[PodStats, str]]:
+def _words(now: Stats, past: Stats) -> Iterator[tuple[PodStatus, str]]:
     """Give every rank with why it is degraded, in the first words of the reason; "" where it is not.
 
     For a moment after each loss a rank is behind: that is its trouble only where it stays so. Who could not be had
@@ -117,7 +117,7 @@ def _words(now: Stats, past: Stats) -> Iterator[tuple[PodStats, str]]:
         yield status, word
 
 
-def _word(status: PodStats) -> str:
+def _word(status: PodStatus) -> str:
     return status.reason.partition(":")[0] if status.trust != "exact" else ""
 
 

@@ -8,7 +8,7 @@ from kvevents import discovery
 from kvindex.answers import AnswerMetrics
 from kvindex.rpc.schema import MessageType, Schema, parse
 from kvindex.stats import Asked
-from scorer import InvalidRequest, PodMatch, PrefixScorer, Timings, scores_of
+from scorer import InvalidRequest, PodMatch, PrefixScorer, Timings, check_items, scores_of
 
 Call: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
@@ -74,12 +74,14 @@ class Calls:
     def _answer(self, payload: bytes) -> bytes:
         request = parse(self._score.request, payload)
         _require_name(request.model, "model")
-        model, lora = self._identity(request)
+        model, lora = self._scorer.prompts.identity(request.model, request.lora_name or None)
         tokens, length = _tokens_of(request)
         pods = list(request.pods)
         _check(length, self._max_tokens, "token_ids", "tokens")
         _check(len(pods), MOST_PODS, "pods", "names")
         _check(len(request.mm_items), MOST_ITEMS, "mm_items", "items")
+        items = [(item.identifier, item.first_token, item.length) for item in request.mm_items]
+        check_items(items, length)
         names = self._followed.resolve(pods) if pods else None
         self._asked.note(model, names)
         matches = self._scorer.match(
@@ -88,7 +90,7 @@ class Calls:
             pods=names,
             lora_name=lora,
             cache_salt=request.cache_salt or None,
-            mm_items=[(item.identifier, item.first_token, item.length) for item in request.mm_items],
+            mm_items=items,
         )
         scores, size = scores_of(matches), self._scorer.block_size(model)
         self._metrics.found(matches, tokens=length, block_size=size)
@@ -98,14 +100,6 @@ class Calls:
         for match in matches:
             _add(answer.matches, match)
         return _bytes(answer)
-
-    def _identity(self, request: MessageType) -> tuple[str, str | None]:
-        """Give the model and the adapter that are meant: a model's name may be that of an adapter, as with vLLM."""
-        model, adapter = self._scorer.prompts.tokenizers.resolve(request.model)
-        said = request.lora_name or None
-        if adapter is not None and said not in (None, adapter):
-            raise InvalidRequest(f"lora_name: {said!r}, but model {request.model!r} is the adapter {adapter!r}")
-        return model, said if adapter is None else adapter
 
     def _names_of(self, asked: Iterable[str]) -> dict[str, list[str]]:
         """Give the names that pods are followed under, with those they were asked for by."""

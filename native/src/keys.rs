@@ -1,5 +1,6 @@
 //! Block keys: the twin of `indexer/keys.py`.
 
+use std::ops::Range;
 use std::slice::{self, ChunksExact};
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
@@ -84,27 +85,32 @@ fn with_bytes<T>(tokens: &[u32], work: impl FnOnce(&[u8]) -> T) -> T {
     }
 }
 
-/// The extra bytes of the block of tokens `start` to `end` of a prompt with these images; `bare` leaves places out.
-pub fn image_extra(images: &[ImageItem], start: u64, end: u64, bare: bool) -> Vec<u8> {
-    let mut inside: Vec<(u64, &str)> = images
+/// The extra bytes of some consecutive blocks of a prompt with these images, none for a block without; `bare` leaves
+/// places out.
+pub fn image_extras(images: &[ImageItem], block_size: u64, blocks: Range<u64>, bare: bool) -> Vec<Vec<u8>> {
+    let mut inside: Vec<(u64, u64, &str)> = images
         .iter()
-        .filter(|image| image.first < end && image.first.saturating_add(image.length) > start)
-        .map(|image| (image.first, image.name.as_str()))
+        .flat_map(|image| {
+            let end = image.first.saturating_add(image.length).div_ceil(block_size).min(blocks.end);
+            let start = (image.first / block_size).max(blocks.start);
+            (start..end).map(|block| (block, image.first, image.name.as_str()))
+        })
         .collect();
-    let mut out = Vec::new();
-    if inside.is_empty() {
-        return out;
-    }
     inside.sort_unstable();
-    msgpack::write_array_len(&mut out, inside.len());
-    for (first, name) in inside {
-        if bare {
-            msgpack::write_str(&mut out, name);
-        } else {
-            msgpack::write_array_len(&mut out, 2);
-            msgpack::write_str(&mut out, name);
-            msgpack::write_int(&mut out, i128::from(first) - i128::from(start));
+    let mut extras = vec![Vec::new(); blocks.clone().count()];
+    for found in inside.chunk_by(|one, next| one.0 == next.0) {
+        let block = found[0].0;
+        let out = &mut extras[(block - blocks.start) as usize];
+        msgpack::write_array_len(out, found.len());
+        for &(_, first, name) in found {
+            if bare {
+                msgpack::write_str(out, name);
+            } else {
+                msgpack::write_array_len(out, 2);
+                msgpack::write_str(out, name);
+                msgpack::write_int(out, i128::from(first) - i128::from(block * block_size));
+            }
         }
     }
-    out
+    extras
 }

@@ -1,7 +1,7 @@
 //! The block keys of a prompt, computed once and only as far as somebody asks: the twin of `indexer/prompt.py`.
 
 use crate::events::Lora;
-use crate::keys::{ImageItem, chain, image_extra, root_key};
+use crate::keys::{ImageItem, chain, image_extras, root_key};
 
 /// What decides, besides its tokens, which cached blocks fit a prompt; and the keys computed so far.
 pub struct PromptKeys {
@@ -39,10 +39,8 @@ impl PromptKeys {
         if upto > done {
             let root = || root_key(&self.model, block_size, self.lora.as_ref(), self.cache_salt.as_deref());
             let parent = keys.last().copied().unwrap_or_else(root);
-            let extras: Option<Vec<Vec<u8>>> = (!self.images.is_empty()).then(|| {
-                let start = |block: usize| (block * width) as u64;
-                (done..upto).map(|block| image_extra(&self.images, start(block), start(block + 1), bare)).collect()
-            });
+            let extras = (!self.images.is_empty())
+                .then(|| image_extras(&self.images, u64::from(block_size), done as u64..upto as u64, bare));
             keys.extend(chain(parent, &tokens[done * width..upto * width], width, extras.as_deref()));
         }
         keys
