@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from indexer import snapshots
-from indexer._impl import Prompt, block_keys, implementation
+from indexer._impl import Prompt, block_keys, implementation, token_ids_of_json
 from indexer.base import (
     UNREACHABLE,
     Copies,
@@ -62,6 +62,7 @@ __all__ = [
     "open_index",
     "snapshots",
     "tier_of",
+    "token_ids_of_json",
 ]
 
 

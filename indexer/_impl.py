@@ -33,8 +33,10 @@ unasked = bool(missing) and not _asked
 if TYPE_CHECKING or implementation == "python":
     Prompt = prompt.Prompt
     block_keys = keys.block_keys
+    token_ids_of_json = keys.token_ids_of_json
 else:
     from indexer import native
 
     Prompt = _native.Prompt
     block_keys = native.block_keys
+    token_ids_of_json = native.token_ids_of_json

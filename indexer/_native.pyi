@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from msgspec import Raw
+
 from indexer.base import Holding, Limits, Run, Source, SourceStatus, Undecodable
 from indexer.events import Event, Events
 from indexer.keys import BlockKey, ImageItem, TokenIds
@@ -45,6 +47,7 @@ class Prompt:
     def extend(self, token_ids: TokenIds) -> None: ...
 
 def block_keys(prompt: Prompt, block_size: int) -> list[BlockKey]: ...
+def token_ids_of_json(text: bytes | memoryview | Raw) -> bytes | None: ...
 
 class Index:
     def __new__(

@@ -10,7 +10,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NewType, TypeAlias, cast
+from typing import Annotated, NewType, TypeAlias, cast
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -26,6 +26,8 @@ ImageItem: TypeAlias = tuple[str, int, int]
 """An image or other multimodal item of a prompt: identifier, first token, number of tokens."""
 
 MAX_TOKEN_ID = 2**32 - 1
+
+_JSON = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKEN_ID)]])
 
 _KNOWN_FORMATS = frozenset("cbB?hHiIlLqQnNfd")
 """What `memoryview` can read."""
@@ -52,6 +54,20 @@ def token_buffer(token_ids: TokenIds) -> memoryview:
         return view.cast("B") if sys.byteorder == "little" else _packed(view.tolist())
     # numbers in another byte order, or at odd places, are read one by one
     return _packed(view.tolist() if view.format.lstrip("@") in _KNOWN_FORMATS else list(token_ids))
+
+
+def token_ids_of_json(text: bytes | memoryview | msgspec.Raw) -> bytes | memoryview:
+    """Read a JSON array of token ids into a buffer of them, as `token_buffer` gives it.
+
+    Raises `InvalidQuestion` naming the first value that is no token id.
+    """
+    try:
+        return _packed(_JSON.decode(text))
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        raise InvalidQuestion(f"token_ids{where.rstrip('`')}: {what}") from error
+    except msgspec.DecodeError as error:
+        raise InvalidQuestion(f"token_ids: {error}") from error
 
 
 def _packed(token_ids: Sequence[int]) -> memoryview:

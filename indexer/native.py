@@ -6,7 +6,9 @@ interpreter lock, so workers and scorers really run beside each other.
 
 from collections.abc import Collection, Sequence
 
-from indexer import _native
+import msgspec
+
+from indexer import _native, keys
 from indexer.base import Copies, Decoder, Holding, Limits, Run, Source, SourceStatus
 from indexer.errors import InvalidQuestion, LimitReached, SnapshotError
 from indexer.events import Events
@@ -157,6 +159,12 @@ def block_keys(
     check_block_size(block_size)
     prompt = _native.Prompt(token_ids, model, lora_name=lora_name, cache_salt=cache_salt, mm_items=mm_items)
     return _native.block_keys(prompt, min(block_size, 2**32 - 1))  # no prompt is longer
+
+
+def token_ids_of_json(text: bytes | memoryview | msgspec.Raw) -> bytes | memoryview:
+    """Do what `indexer.keys.token_ids_of_json` does."""
+    ids = _native.token_ids_of_json(text)
+    return keys.token_ids_of_json(text) if ids is None else ids
 
 
 def _require(source: Source, *, found: bool) -> None:

@@ -1,19 +1,23 @@
 """What is counted of questions and their answers, whoever carries them."""
 
 import asyncio
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, ParamSpec, TypeAlias, TypeVar
+from itertools import accumulate
+from typing import Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
-from prometheus_client import Counter, Histogram
-from prometheus_client.core import Metric
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from indexer import IndexUnavailable
 from scorer import PodMatch, ScorerError, Timings, Unavailable
 
 Carrier: TypeAlias = Literal["http", "grpc"]
+Outcome: TypeAlias = Literal["answered", "refused", "unavailable", "failed"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -21,30 +25,34 @@ _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5
 _TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 
 
+class _Times:
+    """A histogram of seconds. The caller has a lock: one for all that an answer counts is several times cheaper than
+    the package's own, which has one for each bucket.
+    """
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_BUCKETS) + 1)
+        self._sum = 0.0
+
+    def note(self, seconds: float) -> None:
+        self._counts[bisect_left(_BUCKETS, seconds)] += 1
+        self._sum += seconds
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str] = ()) -> None:
+        bounds = [*map(str, _BUCKETS), "+Inf"]
+        family.add_metric(labels, list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
+
+
 class AnswerMetrics(Collector):
     """Counters and times of all questions. Names are llm-d's where they mean the same."""
 
     def __init__(self) -> None:
-        self._lookups = Counter("kvcache_index_lookup_requests_total", "Questions answered", registry=None)
-        self._latency = Histogram(
-            "kvcache_index_lookup_latency_seconds", "Time to answer one", buckets=_BUCKETS, registry=None
-        )
-        # llm-d adds the same number to both
-        self._hits = [
-            Counter(name, "Blocks found, each question's on the pod that holds the most", registry=None)
-            for name in ("kvcache_index_lookup_hits_total", "kvcache_index_max_pod_hit_count_total")
-        ]
-        self._blocks = Counter("kvindex_lookup_blocks_total", "Whole blocks of prompts asked for", registry=None)
-        self._tokens = Counter("kvindex_lookup_tokens_total", "Tokens of prompts asked for", registry=None)
-        outcomes = Counter("kvindex_questions_total", "Questions by outcome", ["by", "outcome"], registry=None)
-        self._outcomes = {
-            (by, outcome): outcomes.labels(by, outcome)
-            for by in ("http", "grpc")
-            for outcome in ("answered", "refused", "unavailable", "failed")
+        self._lock = threading.Lock()
+        self._answered = self._hits = self._blocks = self._tokens = 0
+        self._latency, self._wait, self._match = _Times(), _Times(), _Times()
+        self._outcomes: dict[tuple[Carrier, Outcome], int] = {
+            (by, outcome): 0 for by in get_args(Carrier) for outcome in get_args(Outcome)
         }
-        stages = Histogram(
-            "kvindex_answer_stage_seconds", "Parts of an answer's time", ["stage"], buckets=_BUCKETS, registry=None
-        )
         self._render, self._tokenize = (
             Histogram(f"kvcache_tokenization_{name}_latency_seconds", what, buckets=_TEXT_BUCKETS, registry=None)
             for name, what in (
@@ -52,28 +60,40 @@ class AnswerMetrics(Collector):
                 ("tokenization", "Time to tokenize the text of one question"),
             )
         )
-        self._wait, self._match = stages.labels("wait"), stages.labels("match")
-        answered = (self._lookups, self._latency, *self._hits, self._blocks, self._tokens, outcomes, stages)
-        self._all = (*answered, self._render, self._tokenize)
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
-        for one in self._all:
-            yield from one.collect()
+        latency = HistogramMetricFamily("kvcache_index_lookup_latency_seconds", "Time to answer one")
+        stages = HistogramMetricFamily("kvindex_answer_stage_seconds", "Parts of an answer's time", labels=["stage"])
+        outcomes = CounterMetricFamily("kvindex_questions", "Questions by outcome", labels=["by", "outcome"])
+        found = "Blocks found, each question's on the pod that holds the most"
+        with self._lock:
+            counts = (
+                ("kvcache_index_lookup_requests", "Questions answered", self._answered),
+                # llm-d adds the same number to both
+                ("kvcache_index_lookup_hits", found, self._hits),
+                ("kvcache_index_max_pod_hit_count", found, self._hits),
+                ("kvindex_lookup_blocks", "Whole blocks of prompts asked for", self._blocks),
+                ("kvindex_lookup_tokens", "Tokens of prompts asked for", self._tokens),
+            )
+            self._latency.add_to(latency)
+            self._wait.add_to(stages, ["wait"])
+            self._match.add_to(stages, ["match"])
+            for labels, count in self._outcomes.items():
+                outcomes.add_metric(labels, count)
+        yield from (CounterMetricFamily(name, what, value=count) for name, what, count in counts)
+        yield from (latency, stages, outcomes)
+        yield from self._render.collect()
+        yield from self._tokenize.collect()
 
     @contextmanager
     def failures(self, by: Carrier) -> Iterator[None]:
         """Count an exception inside as a question without an answer."""
         try:
             yield
-        except (IndexUnavailable, Unavailable):
-            self._outcomes[by, "unavailable"].inc()
-            raise
-        except ScorerError:
-            self._outcomes[by, "refused"].inc()
-            raise
-        except Exception:
-            self._outcomes[by, "failed"].inc()
+        except Exception as error:
+            with self._lock:
+                self._outcomes[by, _outcome_of(error)] += 1
             raise
 
     @contextmanager
@@ -86,16 +106,18 @@ class AnswerMetrics(Collector):
 
     def answered(self, by: Carrier, seconds: float) -> None:
         """Count one question that was answered in so many seconds."""
-        self._outcomes[by, "answered"].inc()
-        self._lookups.inc()
-        self._latency.observe(seconds)
+        with self._lock:
+            self._outcomes[by, "answered"] += 1
+            self._answered += 1
+            self._latency.note(seconds)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do the matching in a thread, so that the event loop goes on; the wait for one is a stage too."""
         came = time.perf_counter()
 
         def timed() -> T:
-            self._wait.observe(time.perf_counter() - came)
+            with self._lock:
+                self._wait.note(time.perf_counter() - came)
             return self.run_at_once(work, *args, **kwargs)
 
         return await asyncio.to_thread(timed)
@@ -106,7 +128,8 @@ class AnswerMetrics(Collector):
         try:
             return work(*args, **kwargs)
         finally:
-            self._match.observe(time.perf_counter() - begun)
+            with self._lock:
+                self._match.note(time.perf_counter() - begun)
 
     def tokenized(self, timings: Timings) -> None:
         """Count the stages of a question that was text, as far as it went through them."""
@@ -116,8 +139,14 @@ class AnswerMetrics(Collector):
 
     def found(self, matches: Sequence[PodMatch], *, tokens: int, block_size: int) -> None:
         """Count what was asked for and what was found of it."""
-        self._tokens.inc(tokens)
-        self._blocks.inc(tokens // block_size)
         most = max((match.blocks for match in matches), default=0)
-        for counter in self._hits:
-            counter.inc(most)
+        with self._lock:
+            self._tokens += tokens
+            self._blocks += tokens // block_size
+            self._hits += most
+
+
+def _outcome_of(error: Exception) -> Outcome:
+    if isinstance(error, IndexUnavailable | Unavailable):
+        return "unavailable"
+    return "refused" if isinstance(error, ScorerError) else "failed"

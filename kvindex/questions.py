@@ -5,7 +5,7 @@ from typing import Annotated, Generic, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-from indexer import InvalidQuestion, Prompt
+from indexer import InvalidQuestion, Prompt, token_ids_of_json
 from scorer import (
     Body,
     InvalidRequest,
@@ -18,6 +18,7 @@ from scorer import (
     numbered,
 )
 
+_NULL = msgspec.Raw(b"null")
 MOST_QUESTIONS = 1_024
 """Questions of one batch."""
 
@@ -96,21 +97,24 @@ class Reader(Generic[OfTokens, OfText]):
 
     def read(self, body: bytes | msgspec.Raw) -> OfTokens | OfText:
         """Read one. Raises `InvalidRequest`, which names the field."""
+        wrong: msgspec.ValidationError | None = None
         try:
-            return self._strict.decode(body)
-        except msgspec.ValidationError as error:  # of another form, or wrong
-            of_tokens = error
+            question = self._strict.decode(body)
+            if question.token_ids != _NULL:
+                return question
+        except msgspec.ValidationError as error:  # of the other form, or of neither
+            wrong = error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _no_json(error) from error
         try:
             whole = msgspec.json.decode(body)
-            if isinstance(whole, dict) and whole.get("token_ids") is None:
+            if wrong is None or (isinstance(whole, dict) and whole.get("token_ids") is None):
                 return msgspec.convert(whole, self._text)
         except msgspec.ValidationError as error:
             raise InvalidRequest(field_of(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # in a field that nobody reads
             raise _no_json(error) from error
-        raise InvalidRequest(self._said(of_tokens)) from of_tokens
+        raise InvalidRequest(self._said(wrong)) from wrong
 
     def _said(self, error: msgspec.ValidationError) -> str:
         said = str(error)
@@ -140,17 +144,15 @@ def read_batch(body: bytes) -> list[ScoreTokens | ScoreText]:
 def prompt_of(question: TokenBody, scorer: PrefixScorer) -> Prompt:
     """Give the prompt of a question with token ids. Raises `InvalidRequest`."""
     model, lora = scorer.prompts.identity(question.model, question.lora_name)
-    check_items(question.mm_items, len(question.token_ids))
+    salt, items = question.cache_salt, question.mm_items
     try:
-        return Prompt(
-            question.token_ids,
-            model,
-            lora_name=lora,
-            cache_salt=question.cache_salt,
-            mm_items=question.mm_items,
-        )
+        ids = token_ids_of_json(question.token_ids)
+        prompt = Prompt(ids, model, lora_name=lora, cache_salt=salt, mm_items=items)
     except InvalidQuestion as error:
         raise InvalidRequest(str(error)) from error
+    if items:
+        check_items(items, prompt.length)
+    return prompt
 
 
 async def prompts_of(
@@ -158,8 +160,9 @@ async def prompts_of(
 ) -> list[Prompt]:
     """Give the prompts of a question; text becomes tokens off the event loop. Raises `ScorerError`."""
     if isinstance(question, TokenBody):
-        check_length("token_ids", len(question.token_ids), max_tokens)
-        return [prompt_of(question, scorer)]
+        prompt = prompt_of(question, scorer)
+        check_length("token_ids", prompt.length, max_tokens)
+        return [prompt]
     prompts = await scorer.prompts.run(scorer.prompts.read, question, timings)
     check_length(field_with_prompt(question), sum(prompt.length for prompt in prompts), max_tokens)
     return prompts

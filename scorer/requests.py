@@ -19,14 +19,12 @@ MAX_PROMPTS = 4096
 
 # what the schema says of fields whose types are found out where they are read
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+_TOKENS = {"type": "array", "items": _TOKEN}
 _PROMPT = {
     "anyOf": [
         {"type": "string"},
-        *(
-            {"type": "array", "items": item, "maxItems": MAX_PROMPTS}
-            for item in ({"type": "string"}, {"type": "array", "items": _TOKEN})
-        ),
-        {"type": "array", "items": _TOKEN},
+        *({"type": "array", "items": item, "maxItems": MAX_PROMPTS} for item in ({"type": "string"}, _TOKENS)),
+        _TOKENS,
         {"type": "null"},
     ]
 }
@@ -116,7 +114,8 @@ class TokenBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A prompt as token ids. Unknown fields are refused: a name spelt wrong must not change an answer unseen."""
 
     model: Name
-    token_ids: list[Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]]
+    token_ids: Annotated[msgspec.Raw, Meta(extra_json_schema=_TOKENS)]
+    """As JSON: most of the body, and read by itself (`indexer.token_ids_of_json`)."""
     lora_name: Adapter = None
     cache_salt: Salt = None
     mm_items: Items = []
@@ -127,7 +126,7 @@ class Body(msgspec.Struct):
 
     model: Name
     prompt: Annotated[Any, Meta(extra_json_schema=_PROMPT)] = None
-    token_ids: Annotated[Any, Meta(extra_json_schema={"type": ["array", "null"], "items": _TOKEN})] = None
+    token_ids: Annotated[Any, Meta(extra_json_schema=_TOKENS)] = None
     messages: list[Annotated[dict[str, Any], Meta(extra_json_schema=_MESSAGE)]] | None = None
     lora_name: Adapter = None
     cache_salt: Salt = None

@@ -99,12 +99,16 @@ def slow_keys(tokens, model, size, lora=None, salt=None, images=(), *, bare=Fals
 
 
 def hashing_of(impl: str) -> SimpleNamespace:
-    """`block_keys` and `Prompt` of one implementation."""
+    """`block_keys`, `Prompt` and `token_ids_of_json` of one implementation."""
     if impl == "python":
-        return SimpleNamespace(block_keys=keys.block_keys, Prompt=prompt.Prompt)
+        return SimpleNamespace(
+            block_keys=keys.block_keys, Prompt=prompt.Prompt, token_ids_of_json=keys.token_ids_of_json
+        )
     from indexer import _native, native
 
-    return SimpleNamespace(block_keys=native.block_keys, Prompt=_native.Prompt)
+    return SimpleNamespace(
+        block_keys=native.block_keys, Prompt=_native.Prompt, token_ids_of_json=native.token_ids_of_json
+    )
 
 
 def blocks_in(index: Index) -> int:

@@ -1,13 +1,16 @@
 """Block keys: the joint between what is written and what is asked."""
 
+import json
 from array import array
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from indexer import InvalidQuestion
 
-from .conftest import slow_keys
+from .conftest import IMPLEMENTATIONS, hashing_of, slow_keys
 
 MODEL = "m"
 BYTES = np.arange(100, dtype=np.uint32).tobytes()
@@ -117,3 +120,25 @@ def test_blocks_longer_than_any_prompt_have_no_keys(hashing, size):
     prompt = hashing.Prompt([1] * 20, MODEL)
     assert prompt.prepare(size) == 0
     assert prompt.keys(size, 10) == hashing.block_keys([1] * 20, MODEL, block_size=size) == []
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(
+    text=st.one_of(
+        st.lists(st.integers(0, 2**32 - 1)).map(json.dumps),
+        st.lists(st.integers(-3, 2**33) | st.floats() | st.none() | st.text(max_size=2)).map(json.dumps),
+        st.text(alphabet='[]0123456789, .-e\n"', max_size=12),
+    )
+)
+def test_token_ids_of_json_are_those_of_a_json_reader(impl, text):
+    try:
+        ids = json.loads(text)
+    except ValueError:
+        ids = None
+    are_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**32 for i in ids)
+    read = hashing_of(impl).token_ids_of_json
+    if are_ids:
+        assert bytes(read(text.encode())) == array("I", ids).tobytes()
+    else:
+        with pytest.raises(InvalidQuestion, match="token_ids"):
+            read(text.encode())

@@ -6,6 +6,7 @@ pub mod events;
 pub mod groups;
 pub mod holders;
 pub mod index;
+pub mod json;
 pub mod keys;
 pub mod ledger;
 pub mod matching;

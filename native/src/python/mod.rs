@@ -16,7 +16,7 @@ mod native {
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
-    use super::prompt::{Prompt, block_keys};
+    use super::prompt::{Prompt, block_keys, token_ids_of_json};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
