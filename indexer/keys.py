@@ -64,10 +64,20 @@ def token_ids_of_json(text: bytes | memoryview | msgspec.Raw) -> bytes | memoryv
     try:
         return _packed(_JSON.decode(text))
     except msgspec.ValidationError as error:
+        if "got `float`" in str(error) and (ids := _whole(text)) is not None:
+            return _packed(ids)
         what, _, where = str(error).partition(" - at `$")
         raise InvalidQuestion(f"token_ids{where.rstrip('`')}: {what}") from error
     except msgspec.DecodeError as error:
         raise InvalidQuestion(f"token_ids: {error}") from error
+
+
+def _whole(text: bytes | memoryview | msgspec.Raw) -> list[int] | None:
+    """The numbers of an array in which some whole ones are written as 1.0, which JSON does not tell apart."""
+    numbers = msgspec.json.decode(text)
+    if all(isinstance(n, int) or (isinstance(n, float) and n.is_integer()) for n in numbers):
+        return [int(n) for n in numbers]
+    return None
 
 
 def _packed(token_ids: Sequence[int]) -> memoryview:

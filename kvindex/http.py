@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from litestar import Litestar, Response, delete, get, put
+from litestar import Litestar, Response, delete, get, put, route
+from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
@@ -33,6 +34,8 @@ from kvindex.snapshots import Busy, Snapshots
 from kvindex.stats import Pods, Stats, statuses_of
 from kvindex.tokenizing import PromptMetrics
 from scorer import PrefixScorer
+
+_POD = "/v1/pods/{pod:str}"
 
 
 def create_app(
@@ -74,13 +77,13 @@ def create_app(
         """Give all that the service knows of itself: index, pool, pods, what is asked for."""
         return await asyncio.to_thread(checks.stats)
 
-    @delete("/v1/pods/{pod:str}")
+    @delete(_POD)
     async def forget(pod: FromPath[str]) -> None:
         """Stop following a pod and forget its blocks."""
         if not await asyncio.to_thread(forget_pod, pod, followed, index, pool):
             raise HTTPException(status_code=HTTP_404_NOT_FOUND, detail=f"pod {pod!r}: nobody follows it")
 
-    @put("/v1/pods/{pod:str}", status_code=HTTP_204_NO_CONTENT)
+    @put(_POD, status_code=HTTP_204_NO_CONTENT)
     async def register(pod: FromPath[str], data: JSONBody[discovery.PodBody]) -> Response[None]:
         """Follow a pod, or follow it otherwise than before."""
         try:
@@ -91,6 +94,11 @@ def create_app(
         except SubscriptionError as error:
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=str(error)) from error
         return Response(None, status_code=HTTP_201_CREATED if is_new else HTTP_204_NO_CONTENT)
+
+    @route(_POD, http_method=HttpMethod.OPTIONS, status_code=HTTP_204_NO_CONTENT)
+    async def allowed() -> Response[None]:
+        """Name the methods: Litestar's own answer has one of them."""
+        return Response(None, headers={"Allow": "DELETE, OPTIONS, PUT"})
 
     @get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -132,7 +140,7 @@ def create_app(
         [
             *score_routes(scoring, max_body_bytes=max_body_bytes),
             *feedback,
-            *(pods, stats, register, forget, snapshot, healthz, readyz, metrics_text),
+            *(pods, stats, allowed, register, forget, snapshot, healthz, readyz, metrics_text),
             *openapi_routes(),
         ],
         openapi_config=None,

@@ -178,17 +178,6 @@ _OPERATIONS = (
 
 def document() -> dict[str, Any]:
     """Give the description."""
-    kinds = {kind for operation in _OPERATIONS for kind in _types_of(operation)} | {Problem}
-    _, schemas = msgspec.json.schema_components(sorted(kinds, key=str), ref_template="#/components/schemas/{name}")
-    for kind in (ScoreText, RoutedText, ObserveText):  # one of them has the prompt; token ids are the other form's
-        schema = schemas[kind.__name__]
-        del schema["properties"]["token_ids"]
-        schema["oneOf"] = [
-            {"required": [name], "properties": {name: {"not": {"type": "null"}}, other: {"type": "null"}}}
-            for name, other in (("prompt", "messages"), ("messages", "prompt"))
-        ]
-        schema["properties"]["token_ids"] = {"type": "null"}
-    schemas["ScoreBatch"]["properties"]["questions"]["items"] = _any_of((ScoreTokens, ScoreText))
     paths: dict[str, dict[str, Any]] = {}
     for operation in _OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _described(operation)
@@ -201,13 +190,46 @@ def document() -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": schemas,
+            "schemas": _schemas(),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer", "description": "Where `access` asks for one"}
             },
         },
         "security": [{}, {"token": []}],
     }
+
+
+def _schemas() -> dict[str, Any]:
+    """The schemas of all bodies, with what their types cannot say."""
+    kinds = {kind for operation in _OPERATIONS for kind in _types_of(operation)} | {Problem}
+    _, schemas = msgspec.json.schema_components(sorted(kinds, key=str), ref_template="#/components/schemas/{name}")
+    for kind in (ScoreText, RoutedText, ObserveText):
+        schema = schemas[kind.__name__]
+        schema["oneOf"] = [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}, other: {"type": "null"}}}
+            for name, other in (("prompt", "messages"), ("messages", "prompt"))
+        ]
+        fields = schema["properties"]
+        fields["token_ids"] = {"type": "null"}  # else it is the other form
+        said = "Refused, unless the service is told to trust requests (tokenizers.trust_templates)"
+        fields["chat_template"] = {"type": "null", "description": said}
+        if kind is not ScoreText:
+            forms = fields["prompt"]["anyOf"]
+            fields["prompt"]["anyOf"] = [form | {"maxItems": 1} if "maxItems" in form else form for form in forms]
+    schemas["PodBody"]["oneOf"] = [  # see `PodBody.ends`
+        {"required": ["endpoint"], "properties": {"endpoint": {"type": "string"}, "endpoints": {"maxItems": 0}}},
+        {
+            "required": ["endpoints"],
+            "properties": {
+                "endpoint": {"type": "null"},
+                "endpoints": {"minItems": 1},
+                "replay": {"type": "null"},
+                "ranks": {"const": 1},
+            },
+        },
+    ]
+    schemas["ScoreBatch"]["properties"]["questions"]["items"] = _any_of((ScoreTokens, ScoreText))
+    return schemas
 
 
 def _described(operation: _Operation) -> dict[str, Any]:

@@ -49,6 +49,11 @@ def _http(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     return answer(error.status_code, "; ".join(details) or error.detail, field=field, headers=error.headers)
 
 
+def _too_long(request: Request[Any, Any, Any], _: Exception) -> Response[bytes]:
+    most = request.route_handler.resolve_request_max_body_size()
+    return answer(413, f"body: longer than {most} bytes; http.max_body_bytes is the most that is read")
+
+
 def _refused(_: Request[Any, Any, Any], error: ScorerError) -> Response[bytes]:
     if isinstance(error, Unavailable):
         return answer(503, str(error), headers=SOON)
@@ -75,6 +80,7 @@ def _failed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
 
 HANDLERS: dict[int | type[Exception], Any] = {
     HTTPException: _http,
+    413: _too_long,
     ScorerError: _refused,
     IndexUnavailable: _unavailable,
     RecursionError: _no_json,

@@ -1,6 +1,6 @@
 """The bodies of questions over HTTP: read once, strictly, in the form that they have."""
 
-from typing import Annotated, Generic, TypeAlias, TypeVar
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -97,6 +97,14 @@ class Reader(Generic[OfTokens, OfText]):
 
     def read(self, body: bytes | msgspec.Raw) -> OfTokens | OfText:
         """Read one. Raises `InvalidRequest`, which names the field."""
+        try:
+            return self._read(body)
+        except InvalidRequest as error:
+            if "got `float`" not in str(error):
+                raise
+        return self._read(msgspec.json.encode(_with_whole(msgspec.json.decode(body))))
+
+    def _read(self, body: bytes | msgspec.Raw) -> OfTokens | OfText:
         wrong: msgspec.ValidationError | None = None
         try:
             question = self._strict.decode(body)
@@ -109,6 +117,8 @@ class Reader(Generic[OfTokens, OfText]):
         try:
             whole = msgspec.json.decode(body)
             if wrong is None or (isinstance(whole, dict) and whole.get("token_ids") is None):
+                if isinstance(prompt := whole.get("prompt"), list):
+                    whole["prompt"] = _with_whole(prompt)
                 return msgspec.convert(whole, self._text)
         except msgspec.ValidationError as error:
             raise InvalidRequest(field_of(error)) from error
@@ -179,6 +189,18 @@ def check_length(field: str, length: int, max_tokens: int) -> None:
     """Raise `InvalidRequest` for more tokens than are answered."""
     if length > max_tokens:
         raise InvalidRequest(f"{field}: {length} tokens, at most {max_tokens} are answered")
+
+
+def _with_whole(value: Any) -> Any:  # noqa: ANN401  (what a client sent)
+    """The same with whole numbers that are written as 1.0 as such: to JSON they are the same."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [_with_whole(item) for item in value]
+        case dict():
+            return {name: _with_whole(item) for name, item in value.items()}
+    return value
 
 
 def _no_json(error: Exception) -> InvalidRequest:

@@ -18,6 +18,7 @@ from kvindex.questions import (
     ScoreText,
     ScoreTokens,
     check_length,
+    field_with_prompt,
     prompt_of,
     prompts_of,
     read_batch,
@@ -105,7 +106,6 @@ class Scoring:
 
     def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> list[ScoreAnswer]:
         each = self._prompts_of_all(questions)
-        check_length("questions", sum(prompt.length for prompts in each for prompt in prompts), self._max_tokens)
         answers = []
         for question, prompts in zip(questions, each, strict=True):
             begun = time.perf_counter()
@@ -124,9 +124,13 @@ class Scoring:
             except InvalidRequest as error:
                 raise numbered(error, number, "questions") from error
         try:
-            return self._scorer.prompts.each(asked)
+            made = self._scorer.prompts.each(asked)
         except ScorerError as error:
             raise type(error)(f"questions{error}") from error
+        for number, (question, prompts) in enumerate(zip(questions, made, strict=True)):
+            field = f"questions[{number}].{field_with_prompt(question)}"
+            check_length(field, sum(prompt.length for prompt in prompts), self._max_tokens)
+        return made
 
     def _pods_of(self, question: ScoreTokens | ScoreText) -> list[str] | None:
         pods = None if question.pods is None else self._followed.resolve(question.pods)

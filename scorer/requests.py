@@ -28,7 +28,25 @@ _PROMPT = {
         {"type": "null"},
     ]
 }
-_MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CALL = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": {"type": "object"}},
+    "required": ["function"],
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]},
+        "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
 _TOOL = {
     "type": "object",
     "properties": {

@@ -1,5 +1,7 @@
 """The HTTP service, with a real index behind it."""
 
+import json
+import re
 import threading
 
 import pytest
@@ -13,6 +15,7 @@ from scorer import PrefixScorer
 from .conftest import payload
 
 MODEL = "m"
+QUESTION = {"model": MODEL, "token_ids": list(range(40))}
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def client():
 
 
 def ask(client, **body):
-    return client.post("/v1/score", json={"model": MODEL, "token_ids": list(range(40))} | body)
+    return client.post("/v1/score", json=QUESTION | body)
 
 
 def test_a_score_is_what_the_pods_hold(client):
@@ -73,14 +76,96 @@ def test_a_bad_question_is_refused_by_the_fields_name(client, body, names):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 3000])
-def test_what_is_no_question_is_refused(client, content):
-    response = client.post("/v1/score", content=content)
+@pytest.mark.parametrize("route", ["score", "score_batch", "routed", "observe"])
+def test_what_is_no_question_is_refused(client, content, route):
+    response = client.post(f"/v1/{route}", content=content)
     assert response.status_code == 400
-    assert response.json()["status"] == 400
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert (problem["status"], problem["title"]) == (400, "Bad Request")
+    assert problem["detail"]
 
 
 def test_a_body_that_is_too_large_is_refused(client):
-    assert ask(client, model="x" * 5000).status_code == 413
+    response = ask(client, model="x" * 5000)
+    assert response.status_code == 413
+    assert "4096 bytes; http.max_body_bytes" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"token_ids": [1, 2, "a"]}, "token_ids[2]"),
+        ({"token_ids": [1, 2.5]}, "token_ids[1]"),
+        ({"token_ids": [2**32]}, "token_ids[0]"),
+        ({"token_ids": [1] * 101}, "token_ids"),
+        ({"model": ""}, "model"),
+        ({"model": "x" * 513}, "model"),
+        ({"lora_name": -1}, "lora_name"),
+        ({"lora_name": 2**63}, "lora_name"),
+        ({"pods": [""]}, "pods[0]"),
+        ({"mm_items": [["a", 0, -1]]}, "mm_items[0][2]"),
+        ({"mm_items": [["a", 0, 30], ["b", 5, 30]]}, "mm_items"),
+        ({"tokenids": [1]}, "tokenids"),
+    ],
+)
+def test_a_problem_names_the_field(client, body, field):
+    assert ask(client, **body).json()["field"] == field
+    answer = client.post("/v1/score_batch", json={"questions": [QUESTION, QUESTION | body]})
+    assert answer.status_code == 400
+    assert answer.json()["field"] == f"questions[1].{field}"
+
+
+def test_whole_numbers_are_whole_however_they_are_written(client):
+    text = b'{"model": "m", "token_ids": [%s], "mm_items": [["a", 33.0, 2]]}'
+    ids = b",".join(b"%d.0" % token for token in range(40))
+    answer = client.post("/v1/score", content=text % ids)
+    assert answer.json()["scores"] == {"pod-a": 2.0, "pod-b": 1.0}
+
+
+def test_a_batch_is_many_questions(client):
+    questions = [QUESTION, QUESTION | {"pods": ["pod-b"]}, QUESTION | {"model": "never"}, QUESTION | {"timings": True}]
+    response = client.post("/v1/score_batch", json={"questions": questions})
+    answers = response.json()["answers"]
+    for question, answer in zip(questions, answers, strict=True):
+        alone = client.post("/v1/score", json=question).json()
+        assert (answer.pop("timings", None) is None) == (alone.pop("timings", None) is None)
+        assert answer == alone
+    assert client.post("/v1/score_batch", json={"questions": []}).json() == {"answers": []}
+    assert "kvcache_index_lookup_requests_total 8.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (
+            {"questions": [QUESTION, QUESTION | {"prompt": [1] * 101, "token_ids": None}]},
+            "questions[1].prompt: 101 tokens, at most 100",
+        ),
+        ({"questions": [0] * 1025}, "questions: Expected `array` of length <= 1024"),
+        ({"questions": [QUESTION, {"model": "m", "prompt": "a"}]}, "questions[1]: model 'm'"),
+        ({"questions": [{"model": "m"}]}, "questions[0].token_ids, prompt or messages"),
+        ({"questions": 5}, "questions: "),
+        ({"questions": [5]}, "questions[0]"),
+        ({}, "questions"),
+        ({"questions": [], "x": 1}, "x"),
+    ],
+)
+def test_a_batch_is_answered_whole_or_not_at_all(client, batch, says):
+    response = client.post("/v1/score_batch", content=json.dumps(batch, separators=(",", ":")))
+    assert response.status_code == (422 if "model 'm'" in says else 400)
+    assert says in response.json()["detail"]
+    text = client.get("/metrics").text
+    assert 'kvindex_questions_total{by="http",outcome="refused"} 1.0' in text
+
+
+def test_an_answer_says_what_took_how_long(client):
+    said = ask(client).headers["server-timing"]
+    stages = dict(re.fullmatch(r"(\w+);dur=([0-9.]+)", part).groups() for part in said.split(", "))
+    assert stages.keys() == {"read", "match", "encode"}
+    assert all(float(milliseconds) >= 0 for milliseconds in stages.values())
+    answer = client.post("/v1/score_batch", json={"questions": [QUESTION]})
+    assert {"read", "match"} <= {part.partition(";")[0] for part in answer.headers["server-timing"].split(", ")}
 
 
 def test_the_other_routes(client):
