@@ -42,7 +42,8 @@ def scoring(scale: Scale) -> Generator[Figures]:
         short = [one._replace(tokens=one.tokens[: SHORT * BLOCK]) for one in asked]
         for _ in range(scale.rounds):
             with on_cores(1):
-                yield _percentiles("score", short, lambda tokens: scorer.score(tokens, model=MODEL), scale)
+                figures = _percentiles("score", short, lambda tokens: scorer.score(tokens, model=MODEL), scale)
+            yield figures
 
 
 def latency(name: str, seconds: Sequence[float], *, unit_s: float) -> dict[str, float]:

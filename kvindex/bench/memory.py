@@ -13,7 +13,7 @@ from kvindex.bench.workload import CHAIN, MODEL, PODS, SHARE, Chain, make_chains
 
 
 def memory(scale: Scale) -> Generator[Figures]:
-    """Measure how much a process grows, a fresh one for each way of sharing. There is one round: it comes out the same."""
+    """Measure how much a process grows, a fresh one for each way of sharing; one round, as it comes out the same."""
     figures = {}
     for row, share in (("memory_shared", SHARE), ("memory", 1)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:

@@ -8,6 +8,7 @@ from functools import partial
 
 import msgspec
 from rich.console import Console
+from rich.live import Live
 
 from indexer import implementation
 from kvindex.bench import asking, goals, memory, shared, visible, writing
@@ -36,22 +37,31 @@ def run_bench(*, quick: bool, only: Collection[str], redis_url: str, as_json: bo
     start = time.monotonic()
     rounds: dict[str, list[Figures]] = {}
     console = Console(stderr=True, highlight=False)
-    with console.status("") as status:
-        for name, measure in measurements.items():
-            if not console.is_terminal:
-                print(f"measuring {name}", file=sys.stderr, flush=True)
+    # drawn between rounds only: a thread that draws would be measured too
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for place, (name, measure) in enumerate(measurements.items(), 1):
             rounds[name] = []
-            status.update(f"{name} ({implementation}), round 1")
-            with closing(measure(scale)) as figures:
-                for one in figures:
-                    rounds[name].append(one)
-                    status.update(f"{name} ({implementation}), round {len(rounds[name]) + 1}")
+            for figures in _started(measure, scale):
+                if figures is not None:
+                    rounds[name].append(figures)
+                if console.is_terminal:
+                    at = f"{place} of {len(measurements)}, round {len(rounds[name]) + 1}"
+                    live.update(f"measuring {name} ({implementation}), {at}", refresh=True)
+                elif figures is None:
+                    print(f"measuring {name}", file=sys.stderr, flush=True)
     report = make_report(rounds, scale, quick=quick, seconds=time.monotonic() - start, left_out=left_out)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:
         print_report(report)
     return 0
+
+
+def _started(measure: Measure, scale: Scale) -> Generator[Figures | None]:
+    """Give None when a measurement begins, then the figures of each round; what it opened is closed at the end."""
+    yield None
+    with closing(measure(scale)) as rounds:
+        yield from rounds
 
 
 def _chosen(only: Collection[str], redis_url: str) -> tuple[dict[str, Measure], dict[str, str]]:

@@ -1,17 +1,16 @@
 """The index in Redis, on a server that is there: under a key prefix of its own, which is removed after."""
 
-import re
 import secrets
 import time
 from array import array
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import redis
 
 from indexer import Prompt, RedisIndex, Source
-from kvevents import decode_batches
+from kvevents import DecodeError, decode_batches
 from kvindex.bench.asking import latency
 from kvindex.bench.machine import each
 from kvindex.bench.scale import Figures, Scale
@@ -38,7 +37,7 @@ class Shared:
         """Store all chains; give the seconds without decoding."""
         taken = 0.0
         for pod, payloads in deliveries(fleet, payloads_of):
-            batches = [batch.events for batch in decode_batches(payloads)]
+            batches = [batch.events for batch in decode_batches(payloads) if not isinstance(batch, DecodeError)]
             start = time.perf_counter()
             self.index.apply_all(self.sources[pod], batches)
             taken += time.perf_counter() - start
@@ -50,13 +49,13 @@ class Shared:
         return {holding.source.pod: holding.tokens // BLOCK for holding in held}
 
 
-def ledger_bytes(client: "redis.Redis[bytes]", prefix: str) -> int:
+def ledger_bytes(client: redis.Redis, prefix: str) -> int:
     """Give what the ledgers take that a builder goes on from when another was killed."""
     names = client.scan_iter(f"{prefix}l*", count=1_000)
     return sum(client.memory_usage(name) or 0 for name in names)
 
 
-def server(url: str) -> "redis.Redis[bytes]":
+def server(url: str) -> redis.Redis:
     """Give a client of the server that an index URL names, which answers.
 
     Raises `UserError` for a URL that cannot be used here, and when the server does not answer.
@@ -73,7 +72,7 @@ def server(url: str) -> "redis.Redis[bytes]":
     return client
 
 
-def _url(parts: SplitResult, scheme: str, options: Mapping[str, str]) -> str:
+def _url(parts: SplitResult, scheme: str, options: dict[str, str]) -> str:
     """Give a URL with the options of an index exchanged for others."""
     kept = {name: value for name, value in parse_qsl(parts.query) if name not in ("prefix", "timeout")}
     # written out: urlunsplit puts no // before the path of a socket
@@ -81,7 +80,7 @@ def _url(parts: SplitResult, scheme: str, options: Mapping[str, str]) -> str:
 
 
 def sharing(scale: Scale, url: str) -> Generator[Figures]:
-    """Write speed of one builder, bytes a (block, pod) and matches of 2,048 blocks, each round with an index of its own.
+    """Write speed of one builder, bytes a (block, pod), matches of 2,048 blocks; each round has an index of its own.
 
     Raises `UserError` when the server does not answer.
     """
@@ -96,7 +95,7 @@ def sharing(scale: Scale, url: str) -> Generator[Figures]:
             yield figures
 
 
-def _measure(client: "redis.Redis[bytes]", url: str, prefix: str, fleet: Fleet) -> Figures:
+def _measure(client: redis.Redis, url: str, prefix: str, fleet: Fleet) -> Figures:
     asked = prompts(fleet, CHAIN)
     before = _used(client)
     shared = Shared(url)
@@ -129,7 +128,7 @@ def _unavailable() -> Iterator[None]:
 
 
 @contextmanager
-def _own_prefix(client: "redis.Redis[bytes]") -> Iterator[str]:
+def _own_prefix(client: redis.Redis) -> Iterator[str]:
     """Give a prefix that nobody uses, and remove all keys under it after."""
     prefix = f"{PREFIX}{secrets.token_hex(8)}:"
     try:
@@ -138,12 +137,12 @@ def _own_prefix(client: "redis.Redis[bytes]") -> Iterator[str]:
         _remove(client, list(client.scan_iter(f"{prefix}*", count=1_000)))
 
 
-def _remove(client: "redis.Redis[bytes]", names: Sequence[bytes]) -> None:
+def _remove(client: redis.Redis, names: Sequence[bytes]) -> None:
     for first in range(0, len(names), _REMOVED_AT_ONCE):
         client.unlink(*names[first : first + _REMOVED_AT_ONCE])
 
 
-def _used(client: "redis.Redis[bytes]") -> int:
+def _used(client: redis.Redis) -> int:
     """Give the memory that the server says it uses."""
     used: int = client.info("memory")["used_memory"]
     return used

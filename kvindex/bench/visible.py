@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any, TypeAlias
 
 import zmq
 
@@ -15,8 +16,10 @@ from kvevents import EventPool
 from kvevents.testing import Publisher
 from kvindex.bench.asking import latency
 from kvindex.bench.scale import Figures, Scale
-from kvindex.bench.workload import BLOCK, MODEL, PODS, Chain, make_chain, payload_of
+from kvindex.bench.workload import MODEL, PODS, Chain, make_chain, payload_of
 from scorer import PrefixScorer
+
+Pipe: TypeAlias = "Connection[Any, Any]"
 
 RATE, STORED = 100, 2
 """Messages a second of each pod, and blocks that each message stores."""
@@ -24,7 +27,7 @@ RATE, STORED = 100, 2
 PATIENCE_S = 10.0
 """What is not visible so long after the last message counts as if it had just become so."""
 
-_LOOK_EVERY_S = 0.0002
+_LOOK_EVERY_S = 0.0005
 _START_S = 30.0
 
 
@@ -64,15 +67,15 @@ def _look(scorer: PrefixScorer, tokens: "array[int]", messages: int) -> list[flo
         now = time.monotonic()
         late = now > until
         for pod, times in enumerate(seen):
-            come = messages if late else int(scores.get(f"pod-{pod}", 0)) // STORED
-            missing -= come - len(times)
-            times += [now] * (come - len(times))
+            come = (messages if late else int(scores.get(f"pod-{pod}", 0)) // STORED) - len(times)
+            times.extend([now] * come)
+            missing -= come
         time.sleep(_LOOK_EVERY_S)
     return [seen[pod][number] for number in range(messages) for pod in range(PODS)]
 
 
 @contextmanager
-def _publishing() -> Iterator[tuple["Connection[object, object]", list[str]]]:
+def _publishing() -> Iterator[tuple[Pipe, list[str]]]:
     """Run the pods in a process of their own; give the way to it and where they publish."""
     context = get_context("spawn")
     here, there = context.Pipe()
@@ -86,7 +89,7 @@ def _publishing() -> Iterator[tuple["Connection[object, object]", list[str]]]:
         process.join(_START_S)
 
 
-def publish(pipe: "Connection[object, object]") -> None:
+def publish(pipe: Pipe) -> None:
     """Tell where the pods publish; then, for each round that is asked for, publish and tell when each message was sent.
 
     Ends when the other end of the pipe is closed.
@@ -109,7 +112,7 @@ def publish(pipe: "Connection[object, object]") -> None:
 
 
 def _publish(pods: list[Publisher], payloads: list[bytes]) -> list[float]:
-    """Publish at an even rate, the pods taking turns; give when each message was sent, on a clock of the whole system."""
+    """Publish at an even rate, the pods taking turns; give when each message was sent, by the system's own clock."""
     sent = []
     clock = time.monotonic
     start = clock()

@@ -15,20 +15,25 @@ from kvindex.bench.workload import BLOCK, CHAIN, MODEL, make_fleet, messages_of,
 _TOGETHER = 8
 """Chains hashed at once where threads are compared: long enough for a call that lets other threads run."""
 
+_HASHING_S = 0.05
+"""About how long each thread hashes there."""
+
 
 def hashing(scale: Scale) -> Generator[Figures]:
     """Tokens to the keys of their blocks, kept in a `Prompt` and as a list of numbers; one thread."""
     asked = [asked.tokens for asked in prompts(make_fleet(scale.pairs), CHAIN)]
     for _ in range(scale.rounds):
         with on_cores(1):
-            yield {
-                "hash": statistics.median(each(_hash, asked)) / CHAIN * 1e9,
-                "hash_list": statistics.median(each(lambda tokens: block_keys(tokens, MODEL), asked)) / CHAIN * 1e9,
-            }
+            kept = each(_hash, asked)
+            listed = each(lambda tokens: block_keys(tokens, MODEL), asked)
+        yield {
+            "hash": statistics.median(kept) / CHAIN * 1e9,
+            "hash_list": statistics.median(listed) / CHAIN * 1e9,
+        }
 
 
 def applying(scale: Scale) -> Generator[Figures]:
-    """vLLM's payload bytes to the index, from full queues: by one thread on one core, and by two with half the pods each.
+    """Payload bytes to the index, from full queues: by one thread on one core, by two with half the pods each on two.
 
     What two cores are worth at that moment is measured with hashing, which needs next to no memory and, in the core, no
     interpreter lock. With one core there is nothing to compare.
@@ -37,7 +42,7 @@ def applying(scale: Scale) -> Generator[Figures]:
     messages = messages_of(fleet)
     tokens = [asked.tokens for asked in prompts(fleet, CHAIN)]
     together = array("I", b"".join(chain.tobytes() for chain in tokens[:_TOGETHER]))
-    times = max(1, 50_000_000 // len(together) // (1 if _is_fast(together) else 10))
+    times = max(1, int(_HASHING_S / each(_hash, [together])[0]))
     for _ in range(scale.rounds):
         one = _rate(messages, fleet.pairs, 1)
         if len(CORES) < 2:
@@ -50,11 +55,6 @@ def applying(scale: Scale) -> Generator[Figures]:
 
 def _hash(tokens: "array[int]") -> None:
     Prompt(tokens, MODEL).prepare(BLOCK)
-
-
-def _is_fast(tokens: "array[int]") -> bool:
-    (taken,) = each(_hash, [tokens])
-    return taken / len(tokens) < 2e-9
 
 
 def _hash_in_threads(tokens: "array[int]", times: int, threads: int) -> float:

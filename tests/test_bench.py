@@ -1,0 +1,134 @@
+"""`kvindex bench`, run as a person runs it: what it measures and says, not how fast this machine is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvindex.bench import goals, run
+from kvindex.bench.goals import Row
+from kvindex.bench.report import cells, make_report
+from kvindex.bench.scale import QUICK
+from kvindex.bench.shared import PREFIX
+
+from .conftest import NEEDS_REDIS
+
+
+def bench(*arguments, impl="", **more):
+    environ = os.environ | ({"KVINDEX_IMPL": impl} if impl else {}) | {"COLUMNS": "80"}
+    command = [sys.executable, "-m", "kvindex", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environ, **more)
+
+
+def rows_of(answer):
+    assert answer.returncode == 0, answer.stderr
+    return {row["name"]: row for row in json.loads(answer.stdout)["rows"]}
+
+
+def test_a_quick_run_measures_every_row(impl):
+    answer = bench("--quick", "--json", impl=impl)
+    rows = rows_of(answer)
+    expected = [name for measurement, some in goals.ROWS.items() if measurement != goals.REDIS for name in some]
+    alone = {"apply_two", "apply_scaling", "cores_scaling"} if os.cpu_count() == 1 else set()
+    assert list(rows) == [name for name in expected if name not in alone]
+    for row in rows.values():
+        assert 0 < row["lowest"] <= row["median"] <= row["highest"], row
+        assert (row["goal_holds"] is None) <= (row["goal"] is None or impl == "python"), row
+    said = json.loads(answer.stdout)
+    assert (said["implementation"], said["quick"], list(said["left_out"])) == (impl, True, ["redis"])
+    assert said["versions"].keys() >= {"python", "kv-cache-indexer", "pyzmq"}
+    assert said["usable_cpus"] <= said["cpus"]
+    assert answer.stderr.split("\n")[0] == "measuring hash"
+
+
+def test_the_table_says_what_holds():
+    answer = bench("--quick", "--only", "apply", "--only", "hash")
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("apply payload bytes, one worker")]
+    assert "M blocks/s" in line
+    assert "≥ 0.3" in line
+    assert not [line for line in lines if line.startswith(("match", "left out"))]
+    assert answer.stderr.split() == ["measuring", "hash", "measuring", "apply"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "speed"], "--only speed: expected one of hash, apply, match, score, memory, socket, redis"),
+        (["--only", "redis"], "--redis redis://"),
+        (["--redis", "memory://"], "--redis memory://: expected one server"),
+        (["--redis", "redis://127.0.0.1:9/0"], "127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, says):
+    answer = bench("--quick", *arguments)
+    assert (answer.returncode, answer.stdout) == (2, ""), answer
+    assert says in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+@NEEDS_REDIS
+def test_redis_is_left_as_it_was(redis_server):
+    client = redis_server.client
+    foreign = {b"somebody's": b"1", PREFIX.encode(): b"2", b"kvindex:models": b"3", PREFIX.encode() + b"0:b": b"4"}
+    client.mset(foreign)
+    before = set(client.keys())
+    try:
+        rows = rows_of(bench("--quick", "--json", "--only", "redis", "--redis", f"{redis_server.url}?prefix=kvindex:"))
+        assert set(client.keys()) == before
+        assert dict(zip(foreign, client.mget(*foreign), strict=True)) == foreign
+    finally:
+        client.delete(*foreign)
+    assert list(rows) == list(goals.ROWS[goals.REDIS])
+    assert 0 < rows["redis_memory"]["median"] < rows["redis_memory_all"]["median"]
+
+
+@NEEDS_REDIS
+def test_redis_is_left_as_it_was_when_a_measurement_fails(redis_server, monkeypatch):
+    before = set(redis_server.client.keys())
+    written = []
+
+    def fail(*_):
+        written.extend(redis_server.client.keys(f"{PREFIX}*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvindex.bench.shared.each", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_bench(quick=True, only=["redis"], redis_url=redis_server.url, as_json=False)
+    assert len(written) > 2_000
+    assert set(redis_server.client.keys()) == before
+
+
+def test_a_machine_without_proc_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(run, "tells_memory", lambda: False)
+    assert run.run_bench(quick=True, only=["memory"], redis_url="", as_json=False) == 0
+    assert "left out: memory, this system has no /proc/self/statm" in capsys.readouterr().out
+
+
+MORE, LESS = Row("rate", "1/s", more=True, goal=10, floor=2), Row("time", "us", goal=10)
+
+
+@pytest.mark.parametrize(
+    ("row", "median", "implementation", "says"),
+    [
+        (MORE, 10, "native", "yes"),
+        (MORE, 9, "native", "no"),
+        (MORE, 1, "native", "no, nor the floor"),
+        (MORE, 9, "python", "goal of the core"),
+        (MORE, 1, "python", "no, nor the floor"),
+        (MORE._replace(core_only=False), 10, "python", "yes"),
+        (LESS, 10, "native", "yes"),
+        (LESS, 11, "native", "no"),
+        (LESS._replace(goal=None), 11, "native", ""),
+    ],
+)
+def test_figures_are_held_against_goals(row, median, implementation, says, monkeypatch):
+    monkeypatch.setattr("kvindex.bench.report.implementation", implementation)
+    monkeypatch.setitem(goals.ROWS, "test", {"row": row})
+    figures = [{"row": median}, {"row": median - 0.5}, {"row": median + 5}]
+    (line,) = make_report({"test": figures}, QUICK, quick=True, seconds=1, left_out={}).rows
+    assert (line.median, line.lowest, line.highest, line.rounds) == (median, median - 0.5, median + 5, 3)
+    assert cells(line)[-1] == says
