@@ -42,7 +42,8 @@ REDIS = "redis"
 ROWS: dict[str, dict[str, Row]] = {
     HASH: {
         "hash": Row("hash tokens to block keys", "ns/block", goal=10),
-        "hash_list": Row("the same, keys as a list of numbers", "ns/block"),
+        "hash_cold": Row("the same, tokens long out of the cache", "ns/block"),
+        "hash_list": Row("the same, and keys as a list of numbers", "ns/block"),
     },
     APPLY: {
         "apply": Row("apply payload bytes, one worker", "M blocks/s", more=True, goal=7, floor=0.3),

@@ -17,8 +17,9 @@ from kvindex.bench.scale import Figures, Scale
 from kvindex.bench.workload import BLOCK, CHAIN, MODEL, PODS, Fleet, deliveries, make_fleet, payloads_of, prompts
 from kvindex.errors import UserError
 
-PREFIX = "kvindex-bench-"
-"""What all keys begin with; some letters of chance follow."""
+PREFIX = "kvb"
+"""What all keys begin with; four letters of chance and a colon follow. So it is as long as the prefix that an index has
+by default: each block's key has it, and the bytes a (block, pod) are to be those of an index in use."""
 
 _QUESTIONS, _REMOVED_AT_ONCE = 60, 500
 _TIMEOUT_S = 30
@@ -130,7 +131,9 @@ def _unavailable() -> Iterator[None]:
 @contextmanager
 def _own_prefix(client: redis.Redis) -> Iterator[str]:
     """Give a prefix that nobody uses, and remove all keys under it after."""
-    prefix = f"{PREFIX}{secrets.token_hex(8)}:"
+    prefix = f"{PREFIX}{secrets.token_hex(2)}:"
+    while any(client.scan_iter(f"{prefix}*", count=1_000)):
+        prefix = f"{PREFIX}{secrets.token_hex(2)}:"
     try:
         yield prefix
     finally:
