@@ -7,13 +7,17 @@ import sys
 
 import pytest
 
-from kvindex.bench import goals, run
+from indexer import open_index
+from kvevents import Message
+from kvevents.testing import FullWorker
+from kvevents.testing import stored as wire_stored
+from kvindex.bench import goals, report, run
 from kvindex.bench.goals import Row
 from kvindex.bench.report import cells, make_report
 from kvindex.bench.scale import QUICK
 from kvindex.bench.shared import PREFIX
 
-from .conftest import NEEDS_REDIS
+from .conftest import MODEL, NEEDS_REDIS, POD, payload
 
 
 def bench(*arguments, impl="", **more):
@@ -108,6 +112,35 @@ def test_a_machine_without_proc_is_told_so(monkeypatch, capsys):
     assert "left out: memory, this system has no /proc/self/statm" in capsys.readouterr().out
 
 
+def test_a_full_worker_applies_what_is_in_its_queue_until_it_is_enough():
+    index = open_index()
+    index.register(POD, model=MODEL)
+    sent = [
+        Message(b"", n, payload(wire_stored("vllm-map", [n + 1], n or None, range(4), 4)), POD.pod) for n in range(3)
+    ]
+    worker = FullWorker(index, sent[:2], model=MODEL)
+    worker.work(lambda: True)
+    assert index.stats()["held"] == 0
+    worker = FullWorker(index, sent[:2], model=MODEL)
+    worker.work()
+    assert index.stats()["held"] == 2
+    worker.fill(sent[2:])
+    worker.work()
+    assert index.stats()["held"] == 3
+    (status,) = index.sources()
+    assert (status.blocks, status.degraded) == (3, "")
+
+
+def test_figures_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(report, "_WIDTH", 80)
+    figures = [{"match_pouring_p99": value} for value in (5_941.0, 12_750.0, 44_444.0)]
+    report.print_report(make_report({goals.MATCH: figures}, QUICK, quick=True, seconds=1, left_out={}))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "12,750  5,941 to 44,444" in said
+    assert "≤ 250" in said
+
+
 MORE, LESS = Row("rate", "1/s", more=True, goal=10, floor=2), Row("time", "us", goal=10)
 
 
@@ -116,9 +149,9 @@ MORE, LESS = Row("rate", "1/s", more=True, goal=10, floor=2), Row("time", "us", 
     [
         (MORE, 10, "native", "yes"),
         (MORE, 9, "native", "no"),
-        (MORE, 1, "native", "no, nor the floor"),
-        (MORE, 9, "python", "goal of the core"),
-        (MORE, 1, "python", "no, nor the floor"),
+        (MORE, 1, "native", "nor the floor"),
+        (MORE, 9, "python", "core only"),
+        (MORE, 1, "python", "nor the floor"),
         (MORE._replace(core_only=False), 10, "python", "yes"),
         (LESS, 10, "native", "yes"),
         (LESS, 11, "native", "no"),

@@ -115,11 +115,13 @@ def print_report(report: Report) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
     table = Table(box=None, pad_edge=False, title_justify="left", caption_justify="left")
-    for name, justify in (("", "left"), ("median", "right"), ("lowest to highest", "right"), ("", "left")):
-        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
-    for name in ("floor", "goal"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("goal holds", no_wrap=True)
+    table.add_column("")  # the one that is broken where the terminal is narrow: figures are shown whole
+    table.add_column("median", justify="right", no_wrap=True)
+    table.add_column("lowest\nto highest", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("floor", justify="right", no_wrap=True)
+    table.add_column("goal", justify="right", no_wrap=True)
+    table.add_column("goal\nholds", no_wrap=True)
     for line in report.rows:
         style = "yellow" if line.goal_holds is False or line.floor_holds is False else ""
         table.add_row(*cells(line), style=style)
@@ -149,10 +151,10 @@ def cells(line: Line) -> list[str]:
 
 def _verdict(line: Line) -> str:
     if line.floor_holds is False:
-        return "no, nor the floor"
+        return "nor the floor"
     if line.goal_holds is not None:
         return "yes" if line.goal_holds else "no"
-    return "" if line.goal is None else "goal of the core"
+    return "" if line.goal is None else "core only"
 
 
 def number(value: float) -> str:
