@@ -77,8 +77,8 @@ check: $(READY) ## lint, types and tests of every implementation: what CI runs
 	@$(MAKE) --no-print-directory test-python
 	@$(MAKE) --no-print-directory test
 
-bench: $(READY) ## measure the index
-	$(BIN)/python benchmarks/index.py $(ARGS)
+bench: $(READY) ## measure what this machine can do
+	$(BIN)/kvindex bench $(ARGS)
 
 proto: $(READY) ## make the schemas of the gRPC services from proto/
 	$(BIN)/python -m grpc_tools.protoc -Iproto --descriptor_set_out=kvindex/rpc/schema.binpb \

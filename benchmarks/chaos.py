@@ -35,13 +35,15 @@ from dataclasses import dataclass, field
 
 import structlog
 import zmq
-from report import aligned, machine, number
-from workload import MODEL
+from report import aligned
 
 from indexer import Index, Prompt, Source, SourceStatus, open_index
 from kvevents import EventPool, recovery, replays
 from kvevents.faults import Proxy
 from kvevents.testing import DIALECTS, Framing, Publisher, RawEvent, cleared, removed, stored
+from kvindex.bench.machine import machine
+from kvindex.bench.report import number
+from kvindex.bench.workload import MODEL
 
 # So that what is found by waiting is found within seconds: defaults are 5, 1, 60 and 3. The third stays well above the
 # second in which workers look after what is due: attempts to heal have precedence over asking who is silent, and made

@@ -32,23 +32,24 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
 import msgspec
-from report import (
-    Figures,
-    Row,
-    best_impl,
-    each,
-    machine,
-    note,
-    note_latency,
-    on_cores,
-    resident_bytes,
-    table,
-    version_of,
-)
-from workload import BLOCK, CHAIN, MODEL, Asked, Chain, Fleet, deliveries, make_fleet, payloads_of, prompts, samples
+from report import Figures, Row, best_impl, note, note_latency, table
 
 from indexer import Prompt, Source, block_keys, open_index
 from kvevents import decode_batches
+from kvindex.bench.machine import each, machine, on_cores, resident_bytes, version_of
+from kvindex.bench.workload import (
+    BLOCK,
+    CHAIN,
+    MODEL,
+    Asked,
+    Chain,
+    Fleet,
+    deliveries,
+    make_fleet,
+    payloads_of,
+    prompts,
+    samples,
+)
 from scorer import PrefixScorer
 
 SHORT, CALLERS, QUESTIONS = 280, 4, 300

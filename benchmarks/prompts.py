@@ -26,9 +26,9 @@ from typing import Any
 
 from chats import long_turns, measure_chats
 from chats import turns as chats_of
-from report import machine, version_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from kvindex.bench.machine import machine, version_of
 from scorer.cuts import SPLITS
 from scorer.prefix_store import PrefixStore
 

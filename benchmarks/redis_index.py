@@ -36,11 +36,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import redis
-from report import Figures, Row, each, machine, note, note_latency, table
-from workload import BLOCK, CHAIN, MODEL, Fleet, deliveries, make_fleet, payloads_of, prompts, random_tokens
+from report import Figures, Row, note, note_latency, table
 
-from indexer import Prompt, RedisIndex, Source, block_keys
-from kvevents import decode_batches
+from indexer import block_keys
+from kvindex.bench.machine import each, machine
+from kvindex.bench.shared import Shared, ledger_bytes
+from kvindex.bench.workload import BLOCK, CHAIN, MODEL, Fleet, make_fleet, prompts, random_tokens
 
 SHARE, SHORT, QUESTIONS, PIPELINE = 8, 4, 60, 512
 OURS, THEIRS = "kvindex", "llm-d's layout"
@@ -71,39 +72,19 @@ def server() -> Iterator[int]:
                 process.terminate()
 
 
-class Ours:
+class Ours(Shared):
     """A builder and a reader of this index."""
 
     name = OURS
 
     def __init__(self, port: int, pods: int) -> None:
-        self._index = RedisIndex(f"redis://127.0.0.1:{port}/0?timeout=30")
-        self._sources = [Source(f"10.0.{pod >> 8}.{pod & 255}:8000") for pod in range(pods)]
-        for source in self._sources:
-            self._index.register(source, model=MODEL)
-
-    def write(self, fleet: Fleet) -> float:
-        """Store all chains; give the seconds without decoding."""
-        taken = 0.0
-        for pod, payloads in deliveries(fleet, payloads_of):
-            batches = [batch.events for batch in decode_batches(payloads)]
-            start = time.perf_counter()
-            self._index.apply_all(self._sources[pod], batches)
-            taken += time.perf_counter() - start
-        return taken
-
-    def match(self, tokens: object) -> dict[str, int]:
-        held = self._index.match(Prompt(tokens, MODEL), holders_only=True)
-        return {holding.source.pod: holding.tokens // BLOCK for holding in held}
+        super().__init__(f"redis://127.0.0.1:{port}/0?timeout=30", pods)
 
     def question(self, tokens: object) -> object:
         return tokens
 
     def clear(self, pod: int) -> None:
-        self._index.restart(self._sources[pod])
-
-    def ledger_bytes(self, client: redis.Redis) -> int:
-        return sum(client.memory_usage(key) or 0 for key in client.scan_iter("kvindex:l*"))
+        self.index.restart(self.sources[pod])
 
 
 class Theirs:
@@ -213,7 +194,7 @@ def measure(options: argparse.Namespace) -> None:
                 before = client.info("memory")["used_memory"]
                 note(figures, Row("write", "k blocks/s", more=True), side.name, fleet.pairs / side.write(fleet) / 1e3)
                 grown = client.info("memory")["used_memory"] - before
-                ledgers = side.ledger_bytes(client) if isinstance(side, Ours) else 0
+                ledgers = ledger_bytes(client, "kvindex:") if isinstance(side, Ours) else 0
                 note(figures, Row("memory", "bytes/pair"), side.name, (grown - ledgers) / fleet.pairs)
                 note(figures, Row("memory with ledgers", "bytes/pair"), side.name, grown / fleet.pairs)
                 for what, asked in (

@@ -41,8 +41,11 @@ from typing import NamedTuple, TypeAlias
 from redis import Redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
-from report import Figures, Row, aligned, each, machine, note, number, percentile, version_of
-from workload import CHAIN, STORE
+from report import Figures, Row, aligned, note
+
+from kvindex.bench.machine import each, machine, percentile, version_of
+from kvindex.bench.report import number
+from kvindex.bench.workload import CHAIN, STORE
 
 FLEETS, SHARE, FIRST, SHORT = (64, 1_000), 8, 128, 4
 PIPELINE, PROMPTS, CHECKED = 512, 20, 256

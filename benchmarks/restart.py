@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 import httpx
 import msgspec
-from report import machine
 
+from kvindex.bench.machine import machine
 from kvindex.fleet import Fleet
 from kvindex.workload import Workload
 

@@ -1,18 +1,26 @@
-"""A publisher that speaks the engines' wire, and builders of their events, for tests and simulations.
+"""A publisher that speaks the engines' wire, and builders of their events, for tests, simulations and measurements.
 
 `Publisher` sends what vLLM's ZMQ publisher sends (frames, sequence numbers, replay); `stored`, `removed` and `cleared`
-build one event in the words of a dialect.
+build one event in the words of a dialect. `FullWorker` applies messages as a worker of `EventPool` does.
 """
 
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
+import structlog
 import zmq
+
+from indexer import Index
+from kvevents.message import Message
+from kvevents.message import Publisher as From
+from kvevents.queue import ShardQueue
+from kvevents.shard import Shard
 
 Dialect: TypeAlias = Literal["vllm-map", "vllm-array", "vllm-0.9", "sglang"]
 """vLLM from 0.24 (maps), vLLM 0.23 (tagged arrays, all fields), vLLM 0.9 (short tagged arrays), SGLang (maps)."""
@@ -349,6 +357,29 @@ class Publisher:
         if most is not None:
             return
         router.send_multipart([peer, b"", _END, b""] if old else [peer, b"", b"", _END, b""])
+
+
+class FullWorker:
+    """A worker of an `EventPool` whose queue is filled before it works, in the thread of whoever calls `work`.
+
+    For measurements: what it takes to apply events, without the time to receive them. `model` is that of all messages.
+    """
+
+    def __init__(self, index: Index, messages: Sequence[Message] = (), *, model: str) -> None:
+        self._queue = ShardQueue(sys.maxsize, sys.maxsize)
+        self._shard = Shard(index, model=model, copies="count", log=structlog.get_logger("kvevents"))
+        self.fill(messages)
+
+    def fill(self, messages: Sequence[Message]) -> None:
+        """Put messages into the queue."""
+        for message in messages:
+            self._queue.put(From(message.pod or "", message.endpoint), message, wait=True)
+
+    def work(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Apply what is in the queue, or so much of it until it is `enough`; that is asked between two takes."""
+        while (taken := self._queue.take(0)) and not enough():
+            self._shard.apply(*taken)
+            self._queue.done()
 
 
 def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> str:

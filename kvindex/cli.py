@@ -234,6 +234,24 @@ def doctor(
     )
 
 
+@app.command(epilog="Example: kvindex bench --quick --only apply --only match")
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds, smaller; the figures are rough.")] = False,  # noqa: FBT002
+    only: Annotated[
+        list[str], typer.Option(help="hash, apply, match, score, memory, socket or redis; may be given several times.")
+    ] = [],  # noqa: B006
+    redis: Annotated[
+        str, typer.Option(help="URL of a server to measure too, under keys of its own that are removed after.")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,  # noqa: FBT002
+) -> None:
+    """Measure what this machine can do beside the project's goals. Exit status: 0 measured, 2 usage."""
+    from kvindex.bench.run import run_bench
+
+    logs.configure("warning")
+    raise typer.Exit(run_bench(quick=quick, only=only, redis_url=redis, as_json=json))
+
+
 @app.command(epilog="Example: kvindex score --model demo/model 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16")
 def score(
     tokens: Annotated[list[int], typer.Argument(help="The token ids of the prompt; none: read JSON from stdin.")] = [],  # noqa: B006

@@ -465,6 +465,7 @@ class Reader:
         """Give a command with this world's addresses, and no longer than it has to take."""
         text = self._substituted(text.rstrip().removesuffix("&"))
         more: dict[str, list[str]] = {
+            "bench": ["--quick"],
             "doctor": ["--seconds 0.5"],
             "watch": ["--seconds 0.5"],
             "record": ["--seconds 0.5"],

@@ -26,7 +26,7 @@ def run(*arguments, **more):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "fleet", "record", "replay", "watch", "doctor", "score", "serve", "config"]
+    "command", ["bench", "demo", "fleet", "record", "replay", "watch", "doctor", "score", "serve", "config"]
 )
 def test_help_has_an_example(command):
     answer = run(command, "--help")

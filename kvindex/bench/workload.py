@@ -1,4 +1,4 @@
-"""The fleet that the benchmarks generate: chains of blocks, the pods that hold them, what the pods send, prompts.
+"""The fleet that is measured with: chains of blocks, the pods that hold them, what the pods send, prompts.
 
 The same seed gives the same fleet. Token ids are uniform in 0 to 149,999. Engine hashes are random, and the same for a
 chain on all pods, as vLLM has it where pods share a hash seed.
@@ -11,12 +11,17 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from kvevents import Message
+
 BLOCK, STORE, CHAIN, MODEL = 16, 32, 2_048, "bench/model"
 """Tokens of a block, blocks of one store event, blocks of the longest chain, name of the model."""
 
+PODS, SHARE = 64, 8
+"""Pods of the fleet, and how many of them hold each chain."""
+
 VOCABULARY = 150_000
 
-Message = TypeVar("Message")
+Sent = TypeVar("Sent")
 
 
 class Store(NamedTuple):
@@ -34,9 +39,10 @@ class Chain(NamedTuple):
     hashes: list[int]
     pods: tuple[int, ...]
 
-    def stores(self) -> Iterator[Store]:
-        for first in range(0, len(self.hashes), STORE):
-            last = first + STORE
+    def stores(self, size: int = STORE) -> Iterator[Store]:
+        """Give the chain in stores of `size` blocks."""
+        for first in range(0, len(self.hashes), size):
+            last = first + size
             parent = self.hashes[first - 1] if first else None
             yield Store(self.hashes[first:last], parent, self.tokens[first * BLOCK : last * BLOCK].tolist())
 
@@ -61,19 +67,26 @@ class Asked(NamedTuple):
 
 
 def random_tokens(rng: random.Random, count: int) -> "array[int]":
+    """Draw the ids of some tokens."""
     return array("I", [token % VOCABULARY for token in array("I", rng.randbytes(4 * count))])
 
 
 def make_chain(rng: random.Random, blocks: int, pods: tuple[int, ...] = ()) -> Chain:
+    """Draw the tokens and the engine hashes of a chain."""
     return Chain(random_tokens(rng, blocks * BLOCK), [rng.getrandbits(64) for _ in range(blocks)], pods)
 
 
-def make_fleet(pairs: int, *, pods: int, share: int, seed: int = 1) -> Fleet:
+def make_chains(pairs: int, *, pods: int = PODS, share: int = SHARE, seed: int = 1) -> Iterator[Chain]:
     """Make chains, each on `share` pods drawn by lot, for about `pairs` (block, pod) in all; the last is shorter."""
     rng = random.Random(seed)
     blocks = pairs // share // STORE * STORE
-    lengths = [min(CHAIN, blocks - first) for first in range(0, blocks, CHAIN)]
-    return Fleet(pods, [make_chain(rng, length, tuple(rng.sample(range(pods), share))) for length in lengths])
+    for first in range(0, blocks, CHAIN):
+        yield make_chain(rng, min(CHAIN, blocks - first), tuple(rng.sample(range(pods), share)))
+
+
+def make_fleet(pairs: int, *, pods: int = PODS, share: int = SHARE, seed: int = 1) -> Fleet:
+    """Make a fleet of the chains of `make_chains`."""
+    return Fleet(pods, list(make_chains(pairs, pods=pods, share=share, seed=seed)))
 
 
 def payload_of(store: Store) -> bytes:
@@ -100,10 +113,10 @@ def payloads_of(chain: Chain) -> list[bytes]:
 
 
 def deliveries(
-    fleet: Fleet, messages_of: Callable[[Chain], list[Message]], *, at_once: int = 32
-) -> list[tuple[int, list[Message]]]:
+    fleet: Fleet, messages_of: Callable[[Chain], list[Sent]], *, at_once: int = 32
+) -> list[tuple[int, list[Sent]]]:
     """Give what the pods send: up to `at_once` messages of one pod at a time, the pods taking turns."""
-    sent: list[list[Message]] = [[] for _ in range(fleet.pods)]
+    sent: list[list[Sent]] = [[] for _ in range(fleet.pods)]
     for chain in fleet.chains:
         messages = messages_of(chain)
         for pod in chain.pods:
@@ -115,6 +128,17 @@ def deliveries(
         for pod, messages in enumerate(sent)
     )
     return [(pod, piece) for pod, piece in pieces if piece]
+
+
+def messages_of(fleet: Fleet) -> list[Message]:
+    """Give what all pods publish, the pods taking turns."""
+    sent = [0] * fleet.pods
+    messages = []
+    for pod, payloads in deliveries(fleet, payloads_of):
+        for payload in payloads:
+            messages.append(Message(b"", sent[pod], payload, f"pod-{pod}"))
+            sent[pod] += 1
+    return messages
 
 
 def prompts(fleet: Fleet, blocks: int) -> list[Asked]:
