@@ -27,9 +27,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import uvloop
-from report import machine, number, percentile
 
 from kvevents.testing import Publisher, removed, stored
+from kvindex.bench.machine import machine, percentile
+from kvindex.bench.report import number
 
 MODEL = "bench/model"
 SIZE = 16
