@@ -1,6 +1,7 @@
 """The HTTP service."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from litestar.status_codes import (
     HTTP_500_INTERNAL_SERVER_ERROR,
     HTTP_503_SERVICE_UNAVAILABLE,
 )
+from prometheus_client.registry import Collector
 
 from indexer import Index, IndexUnavailable, InvalidQuestion
 from kvevents import EventPool, PodTaken, SubscriptionError, discovery
@@ -79,6 +81,7 @@ def create_app(
     checks: Checks | None = None,
     snapshots: Snapshots | None = None,
     answers: AnswerMetrics | None = None,
+    collectors: Sequence[Collector] = (),
 ) -> Litestar:
     """Make the application: `/v1/score`, `/v1/routed`, `/v1/observe`, `/v1/pods`, `/v1/stats`, `/v1/snapshot`,
     `/healthz`, `/readyz`, `/metrics`, and OpenAPI at `/schema`.
@@ -90,7 +93,7 @@ def create_app(
     answers = answers or AnswerMetrics()
     snapshots = snapshots or Snapshots(pool)
     readiness = Readiness(index, pool, followed)
-    collectors = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers)
+    collectors = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers, *collectors)
     metrics = Metrics(index, pool, followed, *collectors)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
 

@@ -14,7 +14,7 @@ from msgspec import inspect as schema
 
 from kvindex.config import Config, variable_of
 
-_SECRET = re.compile(r"(api_key|password|secret|token)s?")
+_SECRET = re.compile(r"(api_key|password|secret|token)s?$")
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^/\s]+(?=@)")
 _PAGE = re.compile(r"`docs/([a-z-]+\.md)`")
 _HIDDEN = "***"
