@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from hmac import compare_digest
 from pathlib import Path
 
+from msgspec import UNSET
 from prometheus_client import Counter
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -26,9 +27,9 @@ def read_tokens(config: AccessConfig) -> list[str]:
     Raises `UserError`, which names the key, for an empty token, one that no header can carry, and a file without any.
     """
     tokens = []
-    if config.token is not None:
+    if config.token is not UNSET:
         tokens.append(usable_token(config.token, "access.token"))
-    if config.token_file is not None:
+    if config.token_file is not UNSET:
         try:
             lines = Path(config.token_file).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:

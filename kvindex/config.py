@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from indexer import Copies
 from kvevents import OnGap, discovery
@@ -161,12 +161,14 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """For how long then, when nobody is let in any more, requests under way may go on."""
 
 
+# A key of these two that is there without a value, as where a template had none to put in, must not leave the door open:
+# UNSET stands for one that is not there at all.
 class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may ask over HTTP and gRPC, see `docs/deployment.md`. Without a token everybody may; probes always may."""
 
-    token: str | None = None
+    token: str | UnsetType = UNSET
     """What has to be sent as ``Authorization: Bearer TOKEN``; also what `snapshot.peers` are asked with."""
-    token_file: str | None = None
+    token_file: str | UnsetType = UNSET
     """A file with tokens, one a line, as a secret is mounted: all of them hold, so that one can be changed without a
     gap. Peers are asked with the first. It is read at the start."""
 
@@ -174,11 +176,11 @@ class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """TLS of HTTP and gRPC, 1.2 or newer, see `docs/deployment.md`. All are PEM files, read at the start."""
 
-    cert: str | None = None
+    cert: str | UnsetType = UNSET
     """The certificate, with those between it and its authority; none: no TLS."""
-    key: str | None = None
+    key: str | UnsetType = UNSET
     """Its key, without a password."""
-    client_ca: str | None = None
+    client_ca: str | UnsetType = UNSET
     """Authorities: clients must show a certificate that one of them signed."""
 
 

@@ -104,7 +104,8 @@ def _section(kind: schema.StructType, heading: str, path: str, variable: str = "
 def _default(field: schema.Field) -> Any:  # noqa: ANN401  (whatever the schema says)
     if field.default_factory is not msgspec.NODEFAULT:
         return field.default_factory()
-    return field.default
+    # what may be left out has UNSET for its default, and that the schema does not call one
+    return field.default if field.required or field.default is not msgspec.NODEFAULT else None
 
 
 def _takes(kind: schema.Type) -> str:

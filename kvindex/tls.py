@@ -4,6 +4,8 @@ import ssl
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from kvindex.config import TlsConfig
 from kvindex.errors import UserError
 
@@ -27,12 +29,12 @@ def open_tls(config: TlsConfig) -> Tls | None:
     Raises `UserError`, which names the key of the configuration, for a file that cannot be used and for one without
     the other.
     """
-    if config.cert is None and config.key is None:
-        if config.client_ca is not None:
+    if config.cert is UNSET and config.key is UNSET:
+        if config.client_ca is not UNSET:
             raise UserError("tls.client_ca: without tls.cert and tls.key there is no TLS; name them, or leave it out")
         return None
-    if config.cert is None or config.key is None:
-        named, missing = ("tls.key", "tls.cert") if config.cert is None else ("tls.cert", "tls.key")
+    if config.cert is UNSET or config.key is UNSET:
+        named, missing = ("tls.key", "tls.cert") if config.cert is UNSET else ("tls.cert", "tls.key")
         raise UserError(f"{named}: needs {missing}, too; name both, or leave both out for plain HTTP")
     cert, key = _read("tls.cert", config.cert), _read("tls.key", config.key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -46,7 +48,7 @@ def open_tls(config: TlsConfig) -> Tls | None:
             f"a password: {error}"
         ) from error
     client_ca = None
-    if config.client_ca is not None:
+    if config.client_ca is not UNSET:
         client_ca = _read("tls.client_ca", config.client_ca)
         try:
             context.load_verify_locations(config.client_ca)
