@@ -161,8 +161,8 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """For how long then, when nobody is let in any more, requests under way may go on."""
 
 
-# A key of these two that is there without a value, as where a template had none to put in, must not leave the door open:
-# UNSET stands for one that is not there at all.
+# A key of these two that is there without a value, as where a template had none to put in, must not leave the door
+# open: UNSET stands for one that is not there at all.
 class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may ask over HTTP and gRPC, see `docs/deployment.md`. Without a token everybody may; probes always may."""
 

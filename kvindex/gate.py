@@ -1,5 +1,6 @@
 """What each HTTP request passes before the application: who may ask, how many at a time, and whether we are leaving."""
 
+import asyncio
 from collections.abc import Iterator
 
 import msgspec
@@ -22,7 +23,8 @@ class Gate(Collector):
     def __init__(self, access: Access, *, max_under_way: int) -> None:
         self._access = access
         self._max_under_way = max_under_way
-        self._under_way = 0
+        self.under_way = 0
+        """Requests that the application has not ended yet, without those of probes."""
         self._overloaded = 0
         self._is_leaving = False
         self._unauthorized = _problem(401, "Unauthorized", REFUSED, (b"www-authenticate", b"Bearer"))
@@ -60,21 +62,25 @@ class Gate(Collector):
                     break
             if not self._access.allows(authorization, "http"):
                 await self._unauthorized.send(send)
-            elif self._under_way >= self._max_under_way:
+            elif self.under_way >= self._max_under_way:
                 self._overloaded += 1
                 await self._too_many.send(send)
             else:
-                self._under_way += 1
+                self.under_way += 1
                 try:
                     await app(scope, receive, send)
+                except asyncio.CancelledError:
+                    # its time is over and its connection was cut off: that is said once for all of them
+                    if not self._is_leaving:
+                        raise
                 finally:
-                    self._under_way -= 1
+                    self.under_way -= 1
 
         return gated
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
-        yield GaugeMetricFamily("kvindex_http_under_way", "HTTP requests under way", value=self._under_way)
+        yield GaugeMetricFamily("kvindex_http_under_way", "HTTP requests under way", value=self.under_way)
         yield CounterMetricFamily(
             "kvindex_http_overloaded", "HTTP requests refused because too many were under way", value=self._overloaded
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
+import structlog
 import uvicorn
 
 from kvindex.gate import Gate
@@ -35,7 +36,7 @@ class Server(uvicorn.Server):
         self, config: uvicorn.Config, gate: Gate, beside: Beside | None, *, delay_s: float, timeout_s: int
     ) -> None:
         super().__init__(config)
-        config.timeout_graceful_shutdown = timeout_s
+        config.timeout_graceful_shutdown = timeout_s + 1  # for what does not even end when it is cut off
         self._gate = gate
         self._beside = beside
         self._delay_s = delay_s
@@ -65,7 +66,7 @@ class Server(uvicorn.Server):
             if self._beside is not None:
                 self._beside.stop(None)
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._abort)
+                self._loop.call_soon_threadsafe(self._cut_off)
             return
         self._stop_at = time.monotonic() + self._delay_s
         self._gate.leave()
@@ -81,8 +82,15 @@ class Server(uvicorn.Server):
         """Let nobody in, and wait for those who are."""
         if self._beside is not None:
             self._beside.stop(self._timeout_s)
+        over = asyncio.get_running_loop().call_later(self._timeout_s, self._cut_off)
         await super().shutdown(sockets=sockets)
+        over.cancel()
+        if self.force_exit:  # uvicorn leaves it out then, and the application complains
+            await self.lifespan.shutdown()
 
-    def _abort(self) -> None:
+    def _cut_off(self) -> None:
+        self.force_exit = True
+        if self._gate.under_way:
+            structlog.get_logger("kvindex").warning("requests_cut_off", requests=self._gate.under_way)
         for connection in list(self.server_state.connections):
             connection.transport.abort()

@@ -110,15 +110,17 @@ def run_serve(config: Config) -> int:
             log.info("serving_grpc", address=rpc.address, tls=tls is not None)
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
-        _listen(listener)  # who reads the next line may ask at once
         url = f"{'http' if tls is None else 'https'}://{host}:{port}"
-        log.info("serving", url=url, role=config.index.role, pods=pods, index=repr(index))
         settings = uvicorn.Config(gate.before(app), log_level="warning", access_log=False, lifespan="on", ws="none")
         if tls is not None:
             settings.load()
             settings.ssl = tls.context
         delay_s, timeout_s = config.http.shutdown_delay_s, config.http.shutdown_timeout_s
-        Server(settings, gate, rpc, delay_s=delay_s, timeout_s=timeout_s).run(sockets=[listener])
+        server = Server(settings, gate, rpc, delay_s=delay_s, timeout_s=timeout_s)
+        with server.capture_signals():
+            _listen(listener)  # who reads the next line may ask at once, and end it
+            log.info("serving", url=url, role=config.index.role, pods=pods, index=repr(index))
+            server.run(sockets=[listener])
         log.info("stopped")
     index.close()
     return 0
