@@ -32,9 +32,10 @@ def _authorities(certificate: tuple[str, str] | None) -> ssl.SSLContext:
     try:
         context = httpx.create_ssl_context()
     except OSError as error:
-        named = {name: os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
-        place = ", ".join(f"{name} {path!r}" for name, path in named.items() if path)
-        raise UserError(f"{place}: no certificates of authorities that can be read: {error}") from error
+        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+        raise UserError(
+            f"{name} {os.environ.get(name)!r}: no certificates of authorities that can be read: {error}"
+        ) from error
     if certificate is not None:
         context.load_cert_chain(*certificate)
     return context
