@@ -62,7 +62,6 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to leave, or at the second signal end."""
         if self.should_exit:
-            self.force_exit = True
             if self._beside is not None:
                 self._beside.stop(None)
             if self._loop is not None:

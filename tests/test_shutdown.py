@@ -104,6 +104,8 @@ def test_it_is_not_ready_at_once_and_answers_on_until_the_delay_is_over(tmp_path
             until(lambda: health(b"", timeout=20) == NOT_SERVING)
             assert health(field(1, "kvindex.v1.ScorerService"), timeout=20) == NOT_SERVING
             assert channel.unary_unary(OURS)(GRPC_QUESTION, timeout=20) is not None
+            date = client.get("/healthz").headers["date"]  # of each second, so that it has had time to stop listening
+            until(lambda: client.get("/healthz").headers["date"] != date)
             assert not refuses(served)
         served.process.send_signal(number)
         ends(served)
@@ -145,7 +147,26 @@ def test_what_does_not_end_is_closed_after_its_time(tmp_path):
         with contextlib.suppress(AssertionError):
             asked.answer()
         assert asked.is_over()
+        assert served.events("requests_cut_off")[0]["requests"] == 1
         assert served.events("stopped")
+
+
+def test_what_waits_for_somebody_else_is_closed_after_its_time(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        remote = {
+            "tokenizers_remote_url": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "tokenizers_remote_timeout_s": 2,
+        }
+        with service(tmp_path, http_shutdown_timeout_s=0, **remote) as served, asking(served) as asked:
+            question = json.dumps({"model": "m", "prompt": "a"}).encode()
+            asked.send(HEAD.replace(b"%d" % len(QUESTION), b"%d" % len(question)) + question)
+            connection, _ = silent.accept()
+            with connection:
+                served.process.send_signal(signal.SIGTERM)
+                assert asked.is_over()
+                ends(served)
+            assert served.events("requests_cut_off")[0]["requests"] == 1
 
 
 @pytest.mark.parametrize("delay", [0, FOREVER])

@@ -73,6 +73,7 @@ class RpcServer:
         self._server: Any = None
         self._healthy: Any = None
         self._ending: set[asyncio.Task[None]] = set()
+        self._is_over = False
         self._thread = threading.Thread(target=self._run, name="kvindex-grpc", daemon=True)
 
     def start(self) -> int:
@@ -104,6 +105,8 @@ class RpcServer:
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         def begin() -> None:
+            if self._is_over:  # nobody would wait for the task
+                return
             task = asyncio.ensure_future(work())
             self._ending.add(task)  # the loop itself keeps no task alive
             task.add_done_callback(self._ending.discard)
@@ -165,6 +168,9 @@ class RpcServer:
         self._server, self._healthy, self._loop = server, healthy, asyncio.get_running_loop()
         self._started.set_result(port)
         await server.wait_for_termination()
+        while self._ending:
+            await asyncio.wait(self._ending)
+        self._is_over = True
 
     def _bind(self, server: Any) -> int:  # noqa: ANN401
         address = _joined(self._host, self._port)
