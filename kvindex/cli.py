@@ -13,8 +13,11 @@ from indexer import IndexerError, implementation
 from kvevents import KVEventsError
 from kvindex import config as configuration
 from kvindex import logs
+from kvindex.config import TOKEN_VARIABLE
 from kvindex.errors import UserError
 from scorer import ScorerError
+
+_Token = Annotated[str, typer.Option(envvar=TOKEN_VARIABLE, help="What the service wants as a bearer token.")]
 
 app = typer.Typer(
     name="kvindex",
@@ -71,6 +74,7 @@ def fleet(
     ] = [],  # noqa: B006
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between checkpoints.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    token: _Token = "",
     question: Annotated[
         Path | None, typer.Option(help="Keep a question about a prompt of late in this file, a body for /v1/score.")
     ] = None,
@@ -101,6 +105,7 @@ def fleet(
             seed=seed,
             as_json=json,
             question=question,
+            token=token,
         )
     )
 
@@ -188,6 +193,7 @@ def watch(
     seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until interrupted.")] = 0.0,
     url: Annotated[str, typer.Option(help="A running service whose pods to show, in the place of endpoints.")] = "",
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the service.")] = 1.0,
+    token: _Token = "",
 ) -> None:
     """Show the events of some pods as they come, or the pods of a running service."""
     from kvindex.watch import run_watch
@@ -196,7 +202,7 @@ def watch(
     if bool(endpoints) == bool(url):
         raise UserError("watch: name what pods publish at (tcp://10.0.0.7:5557), or --url of a running service")
     if url:
-        raise typer.Exit(run_watch_service(url, seconds=seconds, every=every))
+        raise typer.Exit(run_watch_service(url, seconds=seconds, every=every, token=token))
     raise typer.Exit(run_watch(endpoints, topic=topic, seconds=seconds))
 
 
@@ -211,6 +217,7 @@ def doctor(
     hash_seed: Annotated[list[str], typer.Option(help="PYTHONHASHSEED of the engines, to try.")] = ["0", "42"],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to listen.")] = 5.0,
     url: Annotated[str, typer.Option(help="A running kvindex service to look at, too.")] = "",
+    token: _Token = "",
     engine: Annotated[str, typer.Option(help="The engine's HTTP address, to tell idle from switched off.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,  # noqa: FBT002
 ) -> None:
@@ -230,6 +237,7 @@ def doctor(
             url=url,
             engine=engine,
             as_json=json,
+            token=token,
         )
     )
 
@@ -261,6 +269,7 @@ def score(
         Path | None, typer.Option(help="A JSON file with chat messages, or the body of a chat request.")
     ] = None,
     url: Annotated[str, typer.Option(help="Where kvindex serve listens.")] = "http://127.0.0.1:8080",
+    token: _Token = "",
     lora_name: Annotated[str | None, typer.Option(help="The adapter.")] = None,
     cache_salt: Annotated[str | None, typer.Option(help="The salt.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as it is.")] = False,  # noqa: FBT002
@@ -284,7 +293,7 @@ def score(
             raise UserError(f"stdin: expected a JSON list of token ids: {error}") from error
     given = {"model": model, "lora_name": lora_name, "cache_salt": cache_salt}
     asked |= {name: value for name, value in given.items() if value is not None}
-    raise typer.Exit(run_score(url, asked, raw=json))
+    raise typer.Exit(run_score(url, asked, raw=json, token=token))
 
 
 @app.command(epilog="Example: kvindex serve --index redis://redis:6379/0 --role scorer")

@@ -11,14 +11,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from indexer import Copies
 from kvevents import OnGap, discovery
 from kvindex.errors import ConfigError
 from scorer import ModelSettings
 
-_NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE"}
+TOKEN_VARIABLE = "KVINDEX_TOKEN"  # noqa: S105  (where it is, not what)
+"""What programs that ask a service send; no key of the service itself."""
+_NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE", TOKEN_VARIABLE}
 _LISTS = {"pods", "bind"}
 _JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers", "folders", "models", "aliases", "loras"}
 
@@ -150,6 +152,36 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Tokens of one question."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
     """Bytes of a request's body."""
+    max_under_way: Annotated[int, Meta(ge=1)] = 1024
+    """Requests under way at once; one more is answered 503. Probes do not count."""
+    shutdown_delay_s: Annotated[float, Meta(ge=0, le=600)] = 0.0
+    """For how long after SIGTERM everything is still answered while `/readyz` says no: as long as it takes until nobody
+    is sent here any more. About 5 in Kubernetes."""
+    shutdown_timeout_s: Annotated[int, Meta(ge=0, le=600)] = 10
+    """For how long then, when nobody is let in any more, requests under way may go on."""
+
+
+# A key of these two that is there without a value, as where a template had none to put in, must not leave the door
+# open: UNSET stands for one that is not there at all.
+class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may ask over HTTP and gRPC, see `docs/deployment.md`. Without a token everybody may; probes always may."""
+
+    token: str | UnsetType = UNSET
+    """What has to be sent as ``Authorization: Bearer TOKEN``; also what `snapshot.peers` are asked with."""
+    token_file: str | UnsetType = UNSET
+    """A file with tokens, one a line, as a secret is mounted: all of them hold, so that one can be changed without a
+    gap. Peers are asked with the first. It is read at the start."""
+
+
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TLS of HTTP and gRPC, 1.2 or newer, see `docs/deployment.md`. All are PEM files, read at the start."""
+
+    cert: str | UnsetType = UNSET
+    """The certificate, with those between it and its authority; none: no TLS."""
+    key: str | UnsetType = UNSET
+    """Its key, without a password."""
+    client_ca: str | UnsetType = UNSET
+    """Authorities: clients must show a certificate that one of them signed."""
 
 
 class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,6 +219,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokenizers: TokenizersConfig = TokenizersConfig()
     http: HttpConfig = HttpConfig()
     grpc: GrpcConfig = GrpcConfig()
+    access: AccessConfig = AccessConfig()
+    tls: TlsConfig = TlsConfig()
     log: LogConfig = LogConfig()
 
 

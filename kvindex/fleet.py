@@ -19,6 +19,7 @@ import httpx
 import zmq
 
 from kvevents.testing import DIALECTS, Dialect, Publisher, RawEvent, cleared, removed, stored
+from kvindex.client import open_client
 from kvindex.engine import EngineEvent, Removed, Request, SimulatedEngine, Stored
 from kvindex.errors import UserError
 from kvindex.signals import stopped_by_signals
@@ -180,11 +181,12 @@ class Checkpoint(NamedTuple):
 class Checker:
     """Compares the answers of a service with what the engines of a fleet hold. Traffic must pause meanwhile."""
 
-    def __init__(self, fleet: Fleet, url: str, *, timeout: float = 30.0) -> None:
+    def __init__(self, fleet: Fleet, url: str, *, timeout: float = 30.0, token: str = "") -> None:
         self._fleet = fleet
         self.url = url
         self._timeout = timeout
-        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout, trust_env=False)
+        self._base = url.rstrip("/")
+        self._client = open_client(token=token, timeout=timeout, proxies=False)
 
     def close(self) -> None:
         """Close the connections."""
@@ -207,7 +209,7 @@ class Checker:
     def _catch_up(self, stop: threading.Event) -> tuple[int, list[str]]:
         deadline = time.monotonic() + self._timeout
         while True:
-            answer = self._client.get("/v1/pods").raise_for_status().json()
+            answer = self._client.get(f"{self._base}/v1/pods").raise_for_status().json()
             known = {entry["pod"]: entry for entry in answer["pods"] if entry["rank"] == 0}
             behind = []
             for pod in self._fleet.pods:
@@ -224,7 +226,7 @@ class Checker:
 
     def _compare(self, prompt: list[int]) -> list[str]:
         body = {"model": self._fleet.model, "token_ids": prompt}
-        answer = self._client.post("/v1/score", json=body).raise_for_status().json()
+        answer = self._client.post(f"{self._base}/v1/score", json=body).raise_for_status().json()
         blocks: dict[str, int] = {match["pod"]: match["blocks"] for match in answer["matches"] if match["rank"] == 0}
         differences = []
         for pod in self._fleet.pods:
@@ -256,6 +258,7 @@ def run_fleet(
     sync_timeout: float = 30.0,
     as_json: bool = False,
     question: Path | None = None,
+    token: str = "",
 ) -> int:
     """Run a fleet until its time is over or somebody stops it; give the exit status.
 
@@ -263,9 +266,9 @@ def run_fleet(
     of `rate` requests a second (0: as fast as it goes) starts when each pod has `wait_subscribers` subscribers; waiting
     ends with status 1 after `wait_timeout` seconds (0: never). It ends after `seconds` (0: at SIGINT or SIGTERM).
     `check` has the URLs of services: each `every` seconds, and at the end, traffic pauses and `samples` prompts are
-    compared with each of them, see `Checker`. Any difference makes the status 1. `question` is a file that has, once
-    there is traffic, a question about one of the last prompts: a body for `/v1/score`. Raises `UserError` where it
-    cannot be written.
+    compared with each of them, see `Checker`, which are asked with `token`. Any difference makes the status 1.
+    `question` is a file that has, once there is traffic, a question about one of the last prompts: a body for
+    `/v1/score`. Raises `UserError` where it cannot be written.
     """
     unknown = set(dialects) - set(DIALECTS)
     if unknown:
@@ -299,7 +302,7 @@ def run_fleet(
         publishers = [pod.publisher for pod in fleet.pods]
         if wait_subscribers and not wait_for_subscribers(publishers, wait_subscribers, stop, say, timeout=wait_timeout):
             return 0 if stop.is_set() else 1
-        checkers = [Checker(fleet, url, timeout=sync_timeout) for url in check]
+        checkers = [Checker(fleet, url, timeout=sync_timeout, token=token) for url in check]
         try:
             return _traffic(fleet, checkers, rate, seconds, every, samples, seed, question, stop, say)
         finally:

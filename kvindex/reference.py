@@ -14,7 +14,7 @@ from msgspec import inspect as schema
 
 from kvindex.config import Config, variable_of
 
-_SECRET = re.compile(r"(api_key|password|secret|token)s?")
+_SECRET = re.compile(r"(api_key|password|secret|token)s?$")
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^/\s]+(?=@)")
 _PAGE = re.compile(r"`docs/([a-z-]+\.md)`")
 _HIDDEN = "***"
@@ -104,7 +104,8 @@ def _section(kind: schema.StructType, heading: str, path: str, variable: str = "
 def _default(field: schema.Field) -> Any:  # noqa: ANN401  (whatever the schema says)
     if field.default_factory is not msgspec.NODEFAULT:
         return field.default_factory()
-    return field.default
+    # what may be left out has UNSET for its default, and that the schema does not call one
+    return field.default if field.required or field.default is not msgspec.NODEFAULT else None
 
 
 def _takes(kind: schema.Type) -> str:

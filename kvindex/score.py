@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from kvindex.client import open_client, refusal_of
 from kvindex.errors import UserError
 
 
@@ -31,12 +32,15 @@ class _Answer(msgspec.Struct, frozen=True):
     best: str | None
 
 
-def run_score(url: str, asked: Mapping[str, Any], *, raw: bool) -> int:
+def run_score(url: str, asked: Mapping[str, Any], *, raw: bool, token: str = "") -> int:
     """Ask with a body, and print a table, or the answer as it is. Raises `UserError` when there is no answer."""
     try:
-        response = httpx.post(f"{url.rstrip('/')}/v1/score", json=asked, timeout=30.0)
+        with open_client(token=token, timeout=30.0) as client:
+            response = client.post(f"{url.rstrip('/')}/v1/score", json=asked)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(f"{url}: no answer: {error}; is `kvindex serve` running there?") from error
+    if refusal := refusal_of(url, response):
+        raise refusal
     try:
         answer = response.json()
     except ValueError as error:

@@ -1,23 +1,25 @@
 """`kvindex serve`: events in, scores out over HTTP and, where it is asked for, gRPC."""
 
 import contextlib
-import signal
 import socket
-from collections.abc import Iterator
 
 import structlog
 import uvicorn
 
 from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
+from kvindex.access import Access, read_tokens
 from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.config import Config
 from kvindex.errors import UserError
+from kvindex.gate import Gate
 from kvindex.http import create_app
+from kvindex.leaving import Server
 from kvindex.pods import follow
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
+from kvindex.tls import open_tls
 from kvindex.tokenizing import open_prompts
 from scorer import PrefixScorer
 
@@ -36,6 +38,9 @@ def run_serve(config: Config) -> int:
         raise UserError(
             f"snapshot: {config.index.url} outlives this process; leave out snapshot.path and snapshot.peers"
         )
+    tokens = read_tokens(config.access)
+    access = Access(tokens)
+    tls = open_tls(config.tls)
     _raise_file_limit()
     listener = _bound(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
@@ -48,7 +53,9 @@ def run_serve(config: Config) -> int:
         pod_timeout_s=config.pool.pod_timeout_s,
         silent_timeout_s=config.pool.silent_timeout_s,
     )
-    snapshots = Snapshots(pool, config.snapshot)
+    snapshots = Snapshots(
+        pool, config.snapshot, token=tokens[0] if tokens else "", certificate=tls.files if tls is not None else None
+    )
     with contextlib.ExitStack() as running:
         if follows and config.index.url.startswith("memory:"):
             snapshots.load()
@@ -75,6 +82,7 @@ def run_serve(config: Config) -> int:
         running.callback(checks.close)
         checks.start()
         answers = AnswerMetrics()
+        gate = Gate(access, max_under_way=config.http.max_under_way)
         app = create_app(
             scorer,
             index,
@@ -85,16 +93,34 @@ def run_serve(config: Config) -> int:
             checks=checks,
             snapshots=snapshots,
             answers=answers,
+            collectors=[access, gate],
         )
-        grpc_port = serve_grpc(config.grpc, scorer, follower, checks.asked, answers, running)
-        if grpc_port is not None:
-            log.info("serving_grpc", address=f"{config.grpc.host}:{grpc_port}")
+        rpc = serve_grpc(
+            config.grpc,
+            scorer,
+            follower,
+            checks.asked,
+            answers,
+            running,
+            access=access,
+            tls=tls,
+            grace_s=config.http.shutdown_timeout_s,
+        )
+        if rpc is not None:
+            log.info("serving_grpc", address=rpc.address, tls=tls is not None)
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
-        _listen(listener)  # who reads the next line may ask at once
-        log.info("serving", url=f"http://{host}:{port}", role=config.index.role, pods=pods, index=repr(index))
-        server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
-        server.run(sockets=[listener])
+        url = f"{'http' if tls is None else 'https'}://{host}:{port}"
+        settings = uvicorn.Config(gate.before(app), log_level="warning", access_log=False, lifespan="on", ws="none")
+        if tls is not None:
+            settings.load()
+            settings.ssl = tls.context
+        delay_s, timeout_s = config.http.shutdown_delay_s, config.http.shutdown_timeout_s
+        server = Server(settings, gate, rpc, delay_s=delay_s, timeout_s=timeout_s)
+        with server.capture_signals():
+            _listen(listener)  # who reads the next line may ask at once, and end it
+            log.info("serving", url=url, role=config.index.role, pods=pods, index=repr(index))
+            server.run(sockets=[listener])
         log.info("stopped")
     index.close()
     return 0
@@ -109,19 +135,6 @@ def _raise_file_limit() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn's, but after SIGTERM or SIGINT `run` returns, so that the pool and the index are closed too."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _bound(host: str, port: int) -> socket.socket:

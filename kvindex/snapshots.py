@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from indexer import snapshots
 from kvevents import EventPool
+from kvindex.client import open_client
 from kvindex.config import SnapshotConfig
 
 _AT_ONCE = 2
@@ -29,10 +30,22 @@ class Busy(Exception):
 
 
 class Snapshots(Collector):
-    """Loads, writes and streams the snapshots of a pool, and counts them. All of it may be called from any thread."""
+    """Loads, writes and streams the snapshots of a pool, and counts them. All of it may be called from any thread.
 
-    def __init__(self, pool: EventPool, config: SnapshotConfig | None = None) -> None:
+    Peers are asked with `token`, "" for none, and shown a `certificate`, a file and that of its key, if there is one.
+    """
+
+    def __init__(
+        self,
+        pool: EventPool,
+        config: SnapshotConfig | None = None,
+        *,
+        token: str = "",
+        certificate: tuple[str, str] | None = None,
+    ) -> None:
         self._pool = pool
+        self._token = token
+        self._certificate = certificate
         self._config = config or SnapshotConfig()
         self._log = structlog.get_logger("kvindex")
         self._streams = threading.BoundedSemaphore(_AT_ONCE)
@@ -45,16 +58,10 @@ class Snapshots(Collector):
         """Go on from what the first peer has that answers, else from the file; say whether there was any.
 
         One that cannot be used is logged with the reason, and the next is tried; without any the index starts empty.
+        Raises `UserError` where it cannot be known which certificates of peers to trust.
         """
-        for url in self._config.peers:
-            for address in _addresses_of(url):
-                try:
-                    with tempfile.NamedTemporaryFile(prefix="kvindex-snapshot-") as file:
-                        self._fetch(address, file.name)
-                        self._take(Path(file.name), address)
-                        return True
-                except (httpx.HTTPError, httpx.InvalidURL, snapshots.SnapshotError, OSError) as error:
-                    self._log.warning("peer_not_used", peer=address, error=str(error) or repr(error))
+        if self._config.peers and self._load_from_peers():
+            return True
         path = Path(self._config.path)
         if self._config.path and path.exists():
             try:
@@ -69,12 +76,24 @@ class Snapshots(Collector):
             )
         return False
 
-    def _fetch(self, url: str, name: str) -> None:
+    def _load_from_peers(self) -> bool:
+        with open_client(token=self._token, timeout=_TIMEOUT, certificate=self._certificate) as client:
+            for address in (address for url in self._config.peers for address in _addresses_of(url)):
+                try:
+                    with tempfile.NamedTemporaryFile(prefix="kvindex-snapshot-") as file:
+                        self._fetch(client, address, file.name)
+                        self._take(Path(file.name), address)
+                        return True
+                except (httpx.HTTPError, httpx.InvalidURL, snapshots.SnapshotError, OSError) as error:
+                    self._log.warning("peer_not_used", peer=address, error=str(error) or repr(error))
+        return False
+
+    def _fetch(self, client: httpx.Client, url: str, name: str) -> None:
         host = urlsplit(url).hostname
         length = 0
         with (
             Path(name).open("wb") as file,
-            httpx.stream("GET", f"{url.rstrip('/')}/v1/snapshot", timeout=_TIMEOUT) as answer,
+            client.stream("GET", f"{url.rstrip('/')}/v1/snapshot") as answer,
         ):
             if answer.status_code != httpx.codes.OK:
                 answer.read()

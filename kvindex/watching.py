@@ -14,13 +14,13 @@ from kvindex.stats import PodStatus, Stats
 _COLUMNS = ("pod", "rank", "model", "trust", "blocks", "last seq", "messages/s", "lag", "silent", "gaps")
 
 
-def run_watch_service(url: str, *, seconds: float = 0.0, every: float = 1.0) -> int:
+def run_watch_service(url: str, *, seconds: float = 0.0, every: float = 1.0, token: str = "") -> int:
     """Show a service's pods until interrupted, or for `seconds`; lines where there is no terminal.
 
     Raises `UserError` when the service does not answer the first time; later it is shown, and asked again.
     """
     console = Console()
-    now: Stats = fetch_stats(url)
+    now: Stats = fetch_stats(url, token=token)
     before: Stats | None = None
     until = time.monotonic() + seconds if seconds else float("inf")
     trouble = ""
@@ -37,7 +37,7 @@ def run_watch_service(url: str, *, seconds: float = 0.0, every: float = 1.0) -> 
                 time.sleep(every)
                 try:
                     # a service that came back may be another one, whose counters began anew
-                    now, before, trouble = fetch_stats(url), None if trouble else now, ""
+                    now, before, trouble = fetch_stats(url, token=token), None if trouble else now, ""
                 except UserError as error:
                     trouble = str(error)
     except KeyboardInterrupt:

@@ -147,7 +147,7 @@ def test_a_capture_that_cannot_be_checked_is_refused_by_the_line(tmp_path, lines
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("content", [b"[]", b"{}", b'"x"', b'{"matches":[1]}', b"<html>"])
 def test_what_is_no_score_is_refused(monkeypatch, status, content):
-    monkeypatch.setattr(httpx, "post", lambda *_, **__: httpx.Response(status, content=content))
+    monkeypatch.setattr(httpx.Client, "post", lambda *_, **__: httpx.Response(status, content=content))
     with pytest.raises(UserError, match="http://elsewhere"):
         run_score("http://elsewhere", {"model": "m", "token_ids": [1]}, raw=False)
 

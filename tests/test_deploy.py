@@ -95,6 +95,10 @@ def test_probes_and_stops(things):
         assert asked == {"startupProbe": "/healthz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
         assert template(deployment)["spec"]["enableServiceLinks"] is False
         assert deployment["spec"]["replicas"] >= 2
+        config = config_of(one["args"], environment_of(deployment))
+        assert config.http.shutdown_delay_s >= 5  # endpoints are withdrawn meanwhile
+        leaving_s = config.http.shutdown_delay_s + config.http.shutdown_timeout_s
+        assert template(deployment)["spec"]["terminationGracePeriodSeconds"] >= leaving_s + 10
 
 
 def test_what_selects_finds_what_it_means(things):
@@ -159,6 +163,8 @@ def test_every_service_of_compose_has_options_and_variables_that_hold(name):
         return
     environ = service.get("environment", {})
     if service["command"][0] == "serve":
+        http = config_of(service["command"], environ).http
+        assert int(service["stop_grace_period"].removesuffix("s")) >= http.shutdown_timeout_s + 10
         assert config_of(service["command"], environ).index.url == "redis://redis:6379/0"
     else:
         KVINDEX.commands[service["command"][0]].make_context(name, service["command"][1:])

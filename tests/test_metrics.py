@@ -11,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from indexer import open_index, redis_index
 from kvevents import EventPool, Message, trust
+from kvindex.access import Access
+from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.meanings import meaning_of
 from scorer import PrefixScorer, PrefixStore, Prompts
@@ -53,7 +55,15 @@ def client():
         pool.submit(message("pod-b", 5, ["BlockRemoved", [2]], rank=1))
         pool.submit(Message(b"kv@pod-b@m", 6, b"\xc1"))
         pool.drain()
-        app = create_app(PrefixScorer(index, prompts=prompts), index, pool, max_tokens=100, max_body_bytes=4096)
+        access = Access()
+        app = create_app(
+            PrefixScorer(index, prompts=prompts),
+            index,
+            pool,
+            max_tokens=100,
+            max_body_bytes=4096,
+            collectors=[access, Gate(access, max_under_way=1)],
+        )
         with TestClient(app) as opened:
             ask(opened, "score")
             ask(opened, "routed", pod="pod-a")

@@ -8,6 +8,7 @@ import httpx
 import msgspec
 
 from kvevents import Listener, ask_replay
+from kvindex.client import open_client
 from kvindex.doctor.judgement import EngineSeen
 from kvindex.doctor.observation import Observation
 
@@ -72,14 +73,14 @@ def ask_engine(url: str) -> EngineSeen:
     return EngineSeen(url, is_reached, models, caching, size)
 
 
-def fetch(url: str, *, refuse: bool = False) -> bytes:
+def fetch(url: str, *, refuse: bool = False, token: str = "") -> bytes:
     """Read an answer, up to a bound of size and time; with `refuse` none that says there was an error.
 
-    Raises `httpx.HTTPError` and `httpx.InvalidURL`.
+    Raises `httpx.HTTPError`, `httpx.InvalidURL`, and `UserError` as `open_client`.
     """
     body = bytearray()
     until = time.monotonic() + _ANSWER_S
-    with httpx.stream("GET", url, timeout=_HTTP_S) as response:
+    with open_client(token=token, timeout=_HTTP_S) as client, client.stream("GET", url) as response:
         if refuse:
             response.raise_for_status()
         for chunk in response.iter_bytes():

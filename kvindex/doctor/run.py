@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import httpx
 import msgspec
 
+from kvindex.client import refusal_of
 from kvindex.doctor.findings import Finding, is_trouble
 from kvindex.doctor.fleet import judge_service
 from kvindex.doctor.judgement import Expected, judge
@@ -34,10 +35,11 @@ def run_doctor(
     url: str,
     engine: str,
     as_json: bool,
+    token: str = "",
 ) -> int:
     """Print what is found; 0 where nothing is wrong, also if it could be better, else 1.
 
-    Raises `UserError` and `SubscriptionError`.
+    `token` is for the service at `url`, and for no engine. Raises `UserError` and `SubscriptionError`.
     """
     if not endpoints and not url:
         raise UserError("nothing to look at: name what pods publish at (tcp://10.0.0.7:5557), or --url of a service")
@@ -57,7 +59,7 @@ def run_doctor(
             reports.append(_Report(seen.endpoint, judge(seen, expected, engine_seen)))
     if url:
         asked = [model] if model else []
-        found = judge_service(fetch_stats(url), models=asked, pods=pods, block_size=block_size)
+        found = judge_service(fetch_stats(url, token=token), models=asked, pods=pods, block_size=block_size)
         reports.append(_Report(url, found))
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(reports), indent=1).decode())
@@ -67,12 +69,12 @@ def run_doctor(
     return int(any(is_trouble(finding) for report in reports for finding in report.findings))
 
 
-def fetch_stats(url: str) -> Stats:
+def fetch_stats(url: str, *, token: str = "") -> Stats:
     """Ask a service for all it knows of itself. Raises `UserError` where there is none."""
     try:
-        return msgspec.json.decode(fetch(f"{url.rstrip('/')}/v1/stats", refuse=True), type=Stats)
+        return msgspec.json.decode(fetch(f"{url.rstrip('/')}/v1/stats", refuse=True, token=token), type=Stats)
     except httpx.HTTPStatusError as error:
-        raise UserError(
+        raise refusal_of(url, error.response) or UserError(
             f"{url}: status {error.response.status_code} for /v1/stats; is this a kvindex service?"
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:

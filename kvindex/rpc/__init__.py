@@ -1,13 +1,19 @@
 """gRPC: `indexer.v1.IndexerService` as llm-d's clients call it, `kvindex.v1.ScorerService`, health and reflection."""
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from kvevents import discovery
+from kvindex.access import Access
 from kvindex.answers import AnswerMetrics
 from kvindex.config import GrpcConfig
 from kvindex.errors import UserError
 from kvindex.stats import Asked
+from kvindex.tls import Tls
 from scorer import PrefixScorer
+
+if TYPE_CHECKING:
+    from kvindex.rpc.server import RpcServer
 
 
 def serve_grpc(
@@ -17,8 +23,12 @@ def serve_grpc(
     asked: Asked,
     metrics: AnswerMetrics,
     running: ExitStack,
-) -> int | None:
-    """Serve gRPC until `running` ends; give the port, None where the configuration asks for none.
+    *,
+    access: Access | None = None,
+    tls: Tls | None = None,
+    grace_s: float = 5.0,
+) -> "RpcServer | None":
+    """Serve gRPC until `running` ends; give the server, None where the configuration asks for none.
 
     Raises `UserError` when the port cannot be had, or the packages of the extra are not there.
     """
@@ -33,6 +43,16 @@ def serve_grpc(
         ) from error
     schema = open_schema()
     calls = Calls(schema, scorer, followed, asked, metrics, max_tokens=config.max_tokens)
-    server = RpcServer(calls, schema, host=config.host, port=config.port, max_message_bytes=config.max_message_bytes)
+    server = RpcServer(
+        calls,
+        schema,
+        host=config.host,
+        port=config.port,
+        max_message_bytes=config.max_message_bytes,
+        access=access,
+        tls=tls,
+        grace_s=grace_s,
+    )
     running.callback(server.close)
-    return server.start()
+    server.start()
+    return server

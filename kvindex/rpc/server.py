@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -12,14 +13,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from indexer import IndexUnavailable
+from kvindex.access import Access
 from kvindex.errors import UserError
+from kvindex.rpc.access import Guard
 from kvindex.rpc.calls import Call, Calls
 from kvindex.rpc.schema import SCHEMA, Schema
+from kvindex.tls import Tls
 from scorer import NoTokenizer, ScorerError, Unavailable
 
 _MOST_CALLS = 1_024
 """Calls under way at once; one more is RESOURCE_EXHAUSTED."""
-_GRACE_S = 5.0
+_WATCHERS_S = 1.0
 _MESSAGE_BYTES = 2_000
 """What is said of an error travels in a header, bytes that are no ASCII as three; clients refuse more than 8 KiB."""
 
@@ -44,7 +48,21 @@ class RpcServer:
     An event loop and not a pool of threads, so that a client that begins a call and never ends it holds nothing.
     """
 
-    def __init__(self, calls: Calls, schema: Schema, *, host: str, port: int, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        schema: Schema,
+        *,
+        host: str,
+        port: int,
+        max_message_bytes: int,
+        access: Access | None = None,
+        tls: Tls | None = None,
+        grace_s: float = 5.0,
+    ) -> None:
+        self._access = access
+        self._tls = tls
+        self._grace_s = grace_s
         self._calls = calls
         self._schema = schema
         self._host = host
@@ -52,7 +70,10 @@ class RpcServer:
         self._max_message_bytes = max_message_bytes
         self._started: Future[int] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closing: asyncio.Event | None = None
+        self._server: Any = None
+        self._healthy: Any = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self._is_over = False
         self._thread = threading.Thread(target=self._run, name="kvindex-grpc", daemon=True)
 
     def start(self) -> int:
@@ -60,11 +81,54 @@ class RpcServer:
         self._thread.start()
         return self._started.result()
 
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return _joined(self._host, self._started.result())
+
+    def leave(self) -> None:
+        """Be NOT_SERVING from now on, and answer on. It does not wait, so that a signal handler may call it."""
+        self._begin(self._say_leaving)
+
+    def stop(self, grace_s: float | None) -> None:
+        """Take no more calls; end those under way after so many seconds, or now. The shortest time said holds.
+
+        It does not wait, so that a signal handler may call it.
+        """
+        self._begin(lambda: self._stop(grace_s))
+
     def close(self) -> None:
-        """Take no more calls, and end when those under way are answered or 5 s are over. May be called twice."""
-        if self._loop is not None and self._closing is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._closing.set)
+        """Take no more calls, and end when those under way are answered or `grace_s` is over. May be called twice."""
+        if self._loop is not None and self._thread.is_alive():
+            self.stop(self._grace_s)
             self._thread.join()
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        def begin() -> None:
+            if self._is_over:  # nobody would wait for the task
+                return
+            task = asyncio.ensure_future(work())
+            self._ending.add(task)  # the loop itself keeps no task alive
+            task.add_done_callback(self._ending.discard)
+
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(begin)
+
+    async def _say_leaving(self) -> None:
+        # a watcher who does not read holds up what is said of its service, and of no other
+        said = [self._healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING) for name in self._names()]
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*said), _WATCHERS_S)
+
+    async def _stop(self, grace_s: float | None) -> None:
+        if grace_s is not None:
+            await self._say_leaving()
+        await self._server.stop(grace_s)
+
+    def _names(self) -> list[str]:
+        """Give the names that are asked for health: "" for the server, and those of the services."""
+        return ["", *sorted({method.service for method in self._schema.methods.values()})]
 
     def _run(self) -> None:
         try:
@@ -76,13 +140,16 @@ class RpcServer:
                 structlog.get_logger("kvindex").error("grpc_error", error=repr(error))
 
     async def _serve(self) -> None:
-        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         limits = [
             ("grpc.max_receive_message_length", self._max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ]
-        server = grpc.aio.server(options=[*_OPTIONS, *limits], maximum_concurrent_rpcs=_MOST_CALLS)
-        names = sorted({method.service for method in self._schema.methods.values()})
+        server = grpc.aio.server(
+            options=[*_OPTIONS, *limits],
+            maximum_concurrent_rpcs=_MOST_CALLS,
+            interceptors=[Guard(self._access)] if self._access is not None else [],
+        )
+        everything, *names = self._names()
         for name in names:
             handlers = {
                 method.name: grpc.unary_unary_rpc_method_handler(_handler(self._calls.by_name[method.name]))
@@ -94,19 +161,34 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(shown, server, pool=self._schema.pool)
-        for name in ("", *names):
+        for name in (everything, *names):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-        address = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        port = self._bind(server)
+        await server.start()
+        self._server, self._healthy, self._loop = server, healthy, asyncio.get_running_loop()
+        self._started.set_result(port)
+        await server.wait_for_termination()
+        while self._ending:
+            await asyncio.wait(self._ending)
+        self._is_over = True
+
+    def _bind(self, server: Any) -> int:  # noqa: ANN401
+        address = _joined(self._host, self._port)
         try:
-            port = server.add_insecure_port(address)
+            if self._tls is None:
+                return int(server.add_insecure_port(address))
+            credentials = grpc.ssl_server_credentials(
+                [(self._tls.key, self._tls.cert)],
+                root_certificates=self._tls.client_ca,
+                require_client_auth=self._tls.client_ca is not None,
+            )
+            return int(server.add_secure_port(address, credentials))
         except RuntimeError as error:
             raise UserError(f"grpc.port {self._port} on {self._host}: {error}; choose another") from error
-        await server.start()
-        self._started.set_result(port)
-        await self._closing.wait()
-        with suppress(TimeoutError):  # it waits for watchers, of which one may not read
-            await asyncio.wait_for(healthy.enter_graceful_shutdown(), 1.0)
-        await server.stop(_GRACE_S)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _handler(call: Call) -> Any:  # noqa: ANN401
