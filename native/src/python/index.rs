@@ -162,10 +162,8 @@ impl Index {
         let prompt = prompt.get();
         let block_size = block_size.map(|size| u32::try_from(size).unwrap_or(0)); // nobody has blocks of 0 tokens
         let pods: Option<HashSet<String>> = pods.map(|pods| pods.into_iter().collect());
-        let holdings = py.detach(|| {
-            prompt.with(|tokens, keys| {
-                self.index.holdings(&mut Asked { tokens, keys }, pods.as_ref(), block_size, everyone)
-            })
+        let holdings = prompt.with(py, |tokens, keys| {
+            self.index.holdings(&mut Asked { tokens, keys }, pods.as_ref(), block_size, everyone)
         });
         let mut runs = RunsMaker { make_run: self.make_run.bind(py), nowhere: PyTuple::empty(py), last: None };
         let exact = PyString::intern(py, "");
@@ -182,8 +180,8 @@ impl Index {
         Ok(list)
     }
 
-    fn block_size(&self, py: Python<'_>, model: &str) -> Option<u32> {
-        py.detach(|| self.index.block_size(model))
+    fn block_size(&self, model: &str) -> Option<u32> {
+        self.index.block_size(model)
     }
 
     fn sources<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {

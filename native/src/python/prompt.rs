@@ -68,11 +68,31 @@ impl Tokens {
     }
 }
 
+/// Tokens of a prompt up to which all work on it is done with the interpreter lock: some ten microseconds.
+const AT_ONCE_TOKENS: usize = 4_096;
+
 impl Prompt {
-    /// Does some work on the tokens and keys.
-    pub fn with<T>(&self, work: impl FnOnce(&[u32], &mut PromptKeys) -> T) -> T {
-        let State { tokens, keys } = &mut *self.state.lock();
-        work(tokens.as_slice(), keys)
+    /// Does some work on the tokens and keys, without the interpreter lock where there is much of it. To let that go and
+    /// have it back costs more than a short prompt's keys where other threads wait for it.
+    pub fn with<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&[u32], &mut PromptKeys) -> T + Send) -> T {
+        if let Some(mut state) = self.state.try_lock()
+            && state.tokens.as_slice().len() <= AT_ONCE_TOKENS
+        {
+            let State { tokens, keys } = &mut *state;
+            return work(tokens.as_slice(), keys);
+        }
+        py.detach(|| {
+            let State { tokens, keys } = &mut *self.state.lock();
+            work(tokens.as_slice(), keys)
+        })
+    }
+
+    /// Takes a look, however long the prompt is.
+    fn look<T: Send>(&self, py: Python<'_>, look: impl FnOnce(&State) -> T + Send) -> T {
+        match self.state.try_lock() {
+            Some(state) => look(&state),
+            None => py.detach(|| look(&self.state.lock())),
+        }
     }
 }
 
@@ -110,12 +130,12 @@ impl Prompt {
 
     #[getter]
     fn length(&self, py: Python<'_>) -> usize {
-        py.detach(|| self.with(|tokens, _| tokens.len()))
+        self.look(py, |state| state.tokens.as_slice().len())
     }
 
     #[getter]
     fn model(&self, py: Python<'_>) -> String {
-        py.detach(|| self.with(|_, keys| keys.model.to_string()))
+        self.look(py, |state| state.keys.model.to_string())
     }
 
     #[getter]
@@ -127,14 +147,14 @@ impl Prompt {
     #[pyo3(signature = (block_size, upto, *, bare = false))]
     fn keys<'py>(&self, py: Python<'py>, block_size: i64, upto: usize, bare: bool) -> PyResult<Bound<'py, PyList>> {
         let block_size = size_of(py, block_size)?;
-        let keys = py.detach(|| self.with(|tokens, keys| keys.keys(tokens, block_size, upto, bare).to_vec()));
+        let keys = self.with(py, |tokens, keys| keys.keys(tokens, block_size, upto, bare).to_vec());
         PyList::new(py, keys)
     }
 
     /// Computes the keys of all whole blocks of `block_size` tokens ahead of a question; gives their number.
     fn prepare(&self, py: Python<'_>, block_size: i64) -> PyResult<usize> {
         let block_size = size_of(py, block_size)?;
-        Ok(py.detach(|| self.with(|tokens, keys| keys.keys(tokens, block_size, usize::MAX, false).len())))
+        Ok(self.with(py, |tokens, keys| keys.keys(tokens, block_size, usize::MAX, false).len()))
     }
 
     /// Adds tokens at the end. Keys of blocks that were whole before are kept.
@@ -186,7 +206,7 @@ fn invalid_question(py: Python<'_>, message: String) -> PyErr {
 #[pyfunction]
 pub fn block_keys<'py>(prompt: &Bound<'py, Prompt>, block_size: u32) -> PyResult<Bound<'py, PyList>> {
     let (py, prompt) = (prompt.py(), prompt.get());
-    let keys = py.detach(|| prompt.with(|tokens, keys| keys.keys(tokens, block_size, usize::MAX, false).to_vec()));
+    let keys = prompt.with(py, |tokens, keys| keys.keys(tokens, block_size, usize::MAX, false).to_vec());
     PyList::new(py, keys)
 }
 
