@@ -13,6 +13,7 @@ import zmq
 from structlog.typing import FilteringBoundLogger
 
 from kvevents.message import Message, Note
+from kvevents.readable import Readable
 
 ANSWER_S = 3.0
 """How long a publisher may say nothing before a replay counts as failed."""
@@ -58,13 +59,13 @@ class Replays:
     def __init__(
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        poller: zmq.Poller,
+        readable: Readable,
         deliver: Callable[[Message], None],
         has_room: Callable[[str], bool],
         log: FilteringBoundLogger,
     ) -> None:
         self._context = context
-        self._poller = poller
+        self._readable = readable
         self._deliver = deliver
         self._has_room = has_room
         self._log = log
@@ -90,7 +91,7 @@ class Replays:
             self._fail(request, error.strerror)
             return
         self._running[_key(request)] = _Running(request, socket)
-        self._poller.register(socket, zmq.POLLIN)
+        self._readable.register(socket)
 
     def drop(self, pod: str) -> None:
         """Drop the replays of a pod."""
@@ -123,9 +124,9 @@ class Replays:
         """Leave what comes where it is while there is no room for it."""
         pauses = not self._has_room(running.request.like.pod or "")
         if pauses and not running.is_paused:
-            self._poller.unregister(running.socket)
+            self._readable.unregister(running.socket)
         elif running.is_paused and not pauses:
-            self._poller.register(running.socket, zmq.POLLIN)
+            self._readable.register(running.socket)
         running.is_paused = pauses
         return pauses
 
@@ -134,7 +135,7 @@ class Replays:
         request = running.request
         for number in range(_BURST):
             if not self._has_room(request.like.pod or ""):
-                return True
+                break
             try:
                 frames = running.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -151,6 +152,7 @@ class Replays:
             if len(frames) > 3 and not topic.startswith(request.filter):
                 self._note_unheard(request, topic)
             self._deliver(_like(request.like, topic=topic, seq=int.from_bytes(frames[-2], "big"), payload=frames[-1]))
+        self._readable.again(running.socket)
         return True
 
     def _note_unheard(self, request: Request, topic: bytes) -> None:
@@ -171,7 +173,7 @@ class Replays:
         running = self._running.pop(_key(request), None)
         if running is not None:
             if not running.is_paused:
-                self._poller.unregister(running.socket)
+                self._readable.unregister(running.socket)
             running.socket.close(0)
 
 

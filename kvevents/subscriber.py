@@ -19,6 +19,7 @@ from structlog.typing import FilteringBoundLogger
 
 from kvevents.errors import SubscriptionError
 from kvevents.message import Message, Note, Publisher
+from kvevents.readable import Readable
 from kvevents.replays import Replays, Request
 
 HEARTBEAT_MS = 5_000
@@ -78,8 +79,10 @@ class Receiver:
         self._wake_lock = threading.Lock()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: list[_Open] = []
-        self._poller = zmq.Poller()
-        self._replays = Replays(self._context, self._poller, deliver, has_room, log)
+        self._of: dict[zmq.Socket[bytes], _Open] = {}
+        """The endpoints by their sockets, those of messages and of connections."""
+        self._readable = Readable()
+        self._replays = Replays(self._context, self._readable, deliver, has_room, log)
         self._running = True
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="kvevents-receiver", daemon=True)
@@ -160,27 +163,39 @@ class Receiver:
     def _run(self) -> None:
         wake = self._context.socket(zmq.PAIR)
         wake.connect(self._address)
-        self._poller.register(wake, zmq.POLLIN)
+        self._readable.register(wake)
         while self._running:
+            ready = self._readable.wait(self._replays.timeout_ms())
             try:
-                ready = dict(self._poller.poll(self._replays.timeout_ms()))
                 if wake in ready:
-                    wake.recv()
-                    command = self._commands.get()
-                    if command is None:
-                        break
-                    command()
-                for opened in self._open:
-                    if opened.socket in ready or opened.monitor in ready:
-                        self._receive(opened)
+                    self._obey(wake)
+                # a command may have closed some of them
+                for opened in {id(of): of for of in map(self._of.get, ready) if of is not None}.values():
+                    self._receive(opened)
                 self._replays.receive()
             except Exception as error:  # noqa: BLE001  (one broken socket must not end the reception of all others)
                 self.counters["receiver_errors_total"] += 1
                 self._log.error("receiver_error", error=repr(error))
+                for socket in ready & (self._of.keys() | {wake}):
+                    self._readable.again(socket)
         self._replays.close()
         for opened in self._open:
             self._close(opened)
+        self._readable.close()
         wake.close(0)
+
+    def _obey(self, wake: "zmq.Socket[bytes]") -> None:
+        """Do what was posted."""
+        try:
+            while self._running:
+                wake.recv(zmq.NOBLOCK)
+                command = self._commands.get()
+                if command is None:
+                    self._running = False
+                else:
+                    command()
+        except zmq.Again:
+            pass
 
     def _receive_all(self) -> None:
         for opened in self._open:
@@ -198,10 +213,16 @@ class Receiver:
         except zmq.Again:
             pass
         # later than the messages were read, and told earlier: what came on a new connection may be another engine's
-        while opened.monitor.poll(0):
-            self._watch(opened)
+        try:
+            while True:
+                self._watch(opened)
+        except zmq.Again:
+            pass
         self._take(opened, burst)
-        return len(burst) == _BURST
+        if len(burst) < _BURST:
+            return False
+        self._readable.again(opened.socket)
+        return True
 
     def _take(self, opened: _Open, burst: list[list[zmq.Frame]]) -> None:
         subscription = opened.subscription
@@ -275,8 +296,9 @@ class Receiver:
                 f"endpoint {subscription.endpoint!r}: cannot {verb} it: {error.strerror}; "
                 "expected something like 'tcp://10.0.0.7:5557'"
             ) from error
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(monitor, zmq.POLLIN)
+        for one in (socket, monitor):
+            self._readable.register(one)
+            self._of[one] = opened
         self._open.append(opened)
         return socket.get_string(zmq.LAST_ENDPOINT) if subscription.bind else subscription.endpoint
 
@@ -291,8 +313,9 @@ class Receiver:
         self._replays.drop(pod)
         for opened in [opened for opened in self._open if opened.subscription.pod == pod]:
             self._open.remove(opened)
-            self._poller.unregister(opened.socket)
-            self._poller.unregister(opened.monitor)
+            for one in (opened.socket, opened.monitor):
+                self._readable.unregister(one)
+                del self._of[one]
             self._close(opened)
 
     def _close(self, opened: _Open) -> None:

@@ -1,6 +1,7 @@
 """`kvindex serve`: events in, scores out over HTTP and, where it is asked for, gRPC."""
 
 import contextlib
+import gc
 import socket
 
 import structlog
@@ -117,6 +118,7 @@ def run_serve(config: Config) -> int:
             settings.ssl = tls.context
         delay_s, timeout_s = config.http.shutdown_delay_s, config.http.shutdown_timeout_s
         server = Server(settings, gate, rpc, delay_s=delay_s, timeout_s=timeout_s)
+        _spare_the_collector()
         with server.capture_signals():
             _listen(listener)  # who reads the next line may ask at once, and end it
             log.info("serving", url=url, role=config.index.role, pods=pods, index=repr(index))
@@ -124,6 +126,16 @@ def run_serve(config: Config) -> int:
         log.info("stopped")
     index.close()
     return 0
+
+
+def _spare_the_collector() -> None:
+    """Have the garbage collector look less often, and at nothing that is there for good.
+
+    Answers leave next to no cycles behind, and looking for them took a fifteenth of the time of a small one.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _raise_file_limit() -> None:
