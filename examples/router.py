@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -91,10 +92,11 @@ class Refused(Exception):
 class Router:
     """Chooses pods, and tells the scorer what became of it."""
 
-    def __init__(self, pods: list[Pod], scorers: list[str], policy: str = "kv") -> None:
+    def __init__(self, pods: list[Pod], scorers: list[str], policy: str = "kv", *, token: str = "") -> None:
         self.pods = pods
         self.policy = policy
         self.scorers = [url.rstrip("/") for url in scorers]
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         # uvicorn, in which vLLM runs, closes connections that are idle for 5 s: never send on one that is about to go.
         # The pool looks at all idle ones for each of them: so there must not be many.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=3)
@@ -138,7 +140,7 @@ class Router:
         """Ask the first scorer, and the others when it does not answer; None when nobody can say."""
         for url in self.scorers if body is not None else []:
             with contextlib.suppress(httpx.HTTPError):
-                answer = await self.client.post(url + path, json=body, timeout=SCORER_TIMEOUT_S)
+                answer = await self.client.post(url + path, json=body, headers=self._headers, timeout=SCORER_TIMEOUT_S)
                 return answer.raise_for_status().content
         return None
 
@@ -310,6 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sends each request to the pod with the least left to compute.")
     parser.add_argument("--pod", action="append", required=True, metavar="NAME=URL")
     parser.add_argument("--scorer", action="append", default=[], metavar="URL", help="kvindex serve; several in order")
+    parser.add_argument("--token", default=os.environ.get("KVINDEX_TOKEN", ""), help="what the scorers want")
     parser.add_argument("--policy", choices=POLICIES, default="kv")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -318,7 +321,7 @@ def main() -> None:
     for pod in pods:
         if not pod.url.startswith(("http://", "https://")):
             parser.error(f"--pod {pod.name}: expected NAME=URL, as pod-0=http://10.0.0.7:8000")
-    app = create_app(Router(pods, options.scorer, options.policy))
+    app = create_app(Router(pods, options.scorer, options.policy, token=options.token))
     # the pods' own `date` and `server` headers go through
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", date_header=False, server_header=False)
 

@@ -69,6 +69,7 @@ class ScriptedScorer:
     def __init__(self, matches=(), prompt_tokens=3):
         self.answer = {"matches": list(matches), "prompt_tokens": prompt_tokens}
         self.calls = []
+        self.tokens = set()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -80,15 +81,16 @@ class ScriptedScorer:
             if not message.get("more_body"):
                 break
         self.calls.append((scope["path"], json.loads(body)))
+        self.tokens.add(dict(scope["headers"]).get(b"authorization"))
         answer = json.dumps(self.answer).encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": answer})
 
 
 @contextlib.contextmanager
-def routing(*pods, scorer=None, policy="round-robin"):
+def routing(*pods, scorer=None, policy="round-robin", token=""):
     """Serve scripted pods (or URLs) and a router in front of them; give its URL and itself."""
-    router = Router([Pod(f"pod-{number}", "") for number in range(len(pods))], [], policy)
+    router = Router([Pod(f"pod-{number}", "") for number in range(len(pods))], [], policy, token=token)
     apps = [pod for pod in pods if not isinstance(pod, str)]
     with serving(create_app(router), *apps, *([scorer] if scorer else [])) as (url, *urls):
         for place, pod in zip(router.pods, pods, strict=True):
@@ -220,10 +222,12 @@ def test_the_scorer_is_told_where_a_prompt_went_and_what_was_reused(stream):
     whole = USAGE.removeprefix(b"data: ")
     pods = [ScriptedPod([b'data: {"a":1}\n\n', USAGE, b"data: [DONE]\n\n"] if stream else [whole]) for _ in range(2)]
     scorer = ScriptedScorer([{"pod": "pod-1", "rank": 0, "tokens": 2}])
-    with routing(*pods, scorer=scorer, policy="kv") as (url, _):
+    token = "secret" if stream else ""
+    with routing(*pods, scorer=scorer, policy="kv", token=token) as (url, _):
         answer = httpx.post(f"{url}/v1/completions", content=BODY)
         assert answer.headers["x-routed-to"] == "pod-1"
         until(lambda: len(scorer.calls) == 3)
+    assert scorer.tokens == {b"Bearer secret" if stream else None}
     asked = {"model": "m", "token_ids": [1, 2, 3]}
     assert scorer.calls[0] == ("/v1/score", asked)
     assert sorted(scorer.calls[1:], key=str) == [
