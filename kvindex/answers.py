@@ -111,22 +111,22 @@ class AnswerMetrics(Collector):
             self._answered += 1
             self._latency.note(seconds)
 
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do the matching in a thread, so that the event loop goes on; the wait for one is a stage too."""
+    async def to_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do some work in a thread, so that the event loop goes on; the wait for one is a stage."""
         came = time.perf_counter()
 
         def timed() -> T:
             with self._lock:
                 self._wait.note(time.perf_counter() - came)
-            return self.run_at_once(work, *args, **kwargs)
+            return work(*args, **kwargs)
 
         return await asyncio.to_thread(timed)
 
-    def run_at_once(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do the matching here and now."""
+    def timed(self, match: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the matching, and note how long it takes."""
         begun = time.perf_counter()
         try:
-            return work(*args, **kwargs)
+            return match(*args, **kwargs)
         finally:
             with self._lock:
                 self._match.note(time.perf_counter() - begun)

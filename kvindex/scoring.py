@@ -76,10 +76,9 @@ class Scoring:
             made = time.perf_counter()
             asked = timings if question.timings else None
             if asked is None and len(prompts) == 1 and self._scorer.answers_at_once(prompts[0]):
-                matches = counted.run_at_once(self._scorer.match, prompts[0], pods=pods)
+                answer = self._answer(prompts, pods, None)
             else:
-                matches = await counted.run(self._scorer.match_all, prompts, pods=pods, timings=asked)
-            answer = self._answer(prompts, matches, asked)
+                answer = await counted.to_thread(self._answer, prompts, pods, asked)
         self._answers.tokenized(timings)
         matched = time.perf_counter()
         encoded = _ENCODER.encode(answer)
@@ -111,8 +110,7 @@ class Scoring:
             begun = time.perf_counter()
             timings = Timings() if question.timings else None
             pods = self._pods_of(question)
-            matches = self._answers.run_at_once(self._scorer.match_all, prompts, pods=pods, timings=timings)
-            answers.append(self._answer(prompts, matches, timings))
+            answers.append(self._answer(prompts, pods, timings))
             self._answers.answered("http", time.perf_counter() - begun)
         return answers
 
@@ -137,7 +135,9 @@ class Scoring:
         self._asked.note(self._scorer.prompts.tokenizers.resolve(question.model)[0], pods)
         return pods
 
-    def _answer(self, prompts: list[Prompt], matches: list[PodMatch], timings: Timings | None) -> ScoreAnswer:
+    def _answer(self, prompts: list[Prompt], pods: list[str] | None, timings: Timings | None) -> ScoreAnswer:
+        """May wait for the index."""
+        matches = self._answers.timed(self._scorer.match_all, prompts, pods=pods, timings=timings)
         tokens, size = sum(prompt.length for prompt in prompts), self._scorer.block_size(prompts[0].model)
         self._answers.found(matches, tokens=tokens, block_size=size)
         scores = scores_of(matches)

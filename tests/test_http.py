@@ -1,5 +1,6 @@
 """The HTTP service, with a real index behind it."""
 
+import asyncio
 import json
 import re
 import threading
@@ -235,3 +236,35 @@ def test_questions_in_parallel(client):
     for thread in threads:
         thread.join()
     assert answers == ["pod-a"] * 8
+
+
+class WaitingIndex:
+    """An index that must not be asked on an event loop, as one that asks Redis."""
+
+    def __init__(self, index):
+        self._index = index
+
+    def __getattr__(self, name):
+        if name == "never_waits":
+            raise AttributeError
+        if name in ("match", "block_size", "sources", "stats"):
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+        return getattr(self._index, name)
+
+
+@pytest.mark.parametrize("route", ["score", "score_batch", "routed", "observe", "pods", "stats"])
+def test_the_event_loop_waits_for_no_index(route):
+    index = WaitingIndex(open_index())
+    with EventPool(index) as pool:
+        app = create_app(PrefixScorer(index), index, pool, max_tokens=100, max_body_bytes=4096)
+        with TestClient(app) as client:
+            bodies = {
+                "score": QUESTION,
+                "score_batch": {"questions": [QUESTION]},
+                "routed": QUESTION | {"pod": "a"},
+                "observe": QUESTION | {"pod": "a", "cached_tokens": 1},
+            }
+            body = bodies.get(route)
+            answer = client.get(f"/v1/{route}") if body is None else client.post(f"/v1/{route}", json=body)
+            assert answer.status_code == (404 if route in ("routed", "observe") else 200), answer.text

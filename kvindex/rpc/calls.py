@@ -55,21 +55,21 @@ class Calls:
             (prompt,) = await prompts.run(prompts.read, {"model": model, "prompt": request.prompt}, timings)
             self._metrics.tokenized(timings)
             _check(prompt.length, self._max_tokens, "prompt", "tokens")
-            matches = await self._metrics.run(self._match, prompt, names if asked else None)
+            matches = await self._metrics.to_thread(self._match, prompt, names if asked else None)
             answer = self._scores.response()
             for pod, worth in _as_asked(scores_of(matches), names).items():
                 answer.scores.add(pod=pod, score=worth)
             return _bytes(answer)
 
     def _match(self, prompt: Prompt, pods: Collection[str] | None) -> list[PodMatch]:
-        matches = self._scorer.match(prompt, pods=pods)
+        matches = self._metrics.timed(self._scorer.match, prompt, pods=pods)
         self._metrics.found(matches, tokens=prompt.length, block_size=self._scorer.block_size(prompt.model))
         return matches
 
     async def score(self, payload: bytes) -> bytes:
         """Answer with all there is to know."""
         with self._metrics.question("grpc"):
-            return await self._metrics.run(self._answer, payload)
+            return await self._metrics.to_thread(self._answer, payload)
 
     def _answer(self, payload: bytes) -> bytes:
         request = parse(self._score.request, payload)
@@ -84,7 +84,8 @@ class Calls:
         check_items(items, length)
         names = self._followed.resolve(pods) if pods else None
         self._asked.note(model, names)
-        matches = self._scorer.match(
+        matches = self._metrics.timed(
+            self._scorer.match,
             tokens,
             model=model,
             pods=names,
