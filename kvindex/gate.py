@@ -25,6 +25,8 @@ class Gate(Collector):
         self._max_under_way = max_under_way
         self.under_way = 0
         """Requests that the application has not ended yet, without those of probes."""
+        self.late = 0
+        """Connections that were closed because a request did not come in its time."""
         self._overloaded = 0
         self._is_leaving = False
         self._unauthorized = _problem(401, "Unauthorized", REFUSED, (b"www-authenticate", b"Bearer"))
@@ -83,6 +85,9 @@ class Gate(Collector):
         yield GaugeMetricFamily("kvindex_http_under_way", "HTTP requests under way", value=self.under_way)
         yield CounterMetricFamily(
             "kvindex_http_overloaded", "HTTP requests refused because too many were under way", value=self._overloaded
+        )
+        yield CounterMetricFamily(
+            "kvindex_http_late", "HTTP connections closed because a request did not come in its time", value=self.late
         )
 
 

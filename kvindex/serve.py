@@ -17,6 +17,7 @@ from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.leaving import Server
 from kvindex.pods import follow
+from kvindex.reading import Reading
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
 from kvindex.tls import open_tls
@@ -111,12 +112,25 @@ def run_serve(config: Config) -> int:
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         url = f"{'http' if tls is None else 'https'}://{host}:{port}"
-        settings = uvicorn.Config(gate.before(app), log_level="warning", access_log=False, lifespan="on", ws="none")
+        settings = uvicorn.Config(
+            gate.before(app),
+            http=Reading,
+            log_level="error",  # its warnings are about what clients send
+            access_log=False,
+            lifespan="on",
+            ws="none",
+        )
         if tls is not None:
             settings.load()
             settings.ssl = tls.context
-        delay_s, timeout_s = config.http.shutdown_delay_s, config.http.shutdown_timeout_s
-        server = Server(settings, gate, rpc, delay_s=delay_s, timeout_s=timeout_s)
+        server = Server(
+            settings,
+            gate,
+            rpc,
+            delay_s=config.http.shutdown_delay_s,
+            timeout_s=config.http.shutdown_timeout_s,
+            read_timeout_s=config.http.read_timeout_s,
+        )
         with server.capture_signals():
             _listen(listener)  # who reads the next line may ask at once, and end it
             log.info("serving", url=url, role=config.index.role, pods=pods, index=repr(index))

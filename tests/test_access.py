@@ -247,7 +247,7 @@ def test_one_more_than_may_be_under_way_is_refused_and_probes_are_not():
         assert "2 requests" in answer.json()["detail"]
         assert [httpx.get(f"{url}{path}").status_code for path in ("/healthz", "/readyz")] == [200, 200]
         counted = {metric.name: metric.samples[0].value for metric in gate.collect()}
-        assert counted == {"kvindex_http_under_way": 2, "kvindex_http_overloaded": 1}
+        assert counted == {"kvindex_http_under_way": 2, "kvindex_http_overloaded": 1, "kvindex_http_late": 0}
         loops[0].call_soon_threadsafe(go_on.set)
         for thread in threads:
             thread.join()
