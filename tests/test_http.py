@@ -199,7 +199,7 @@ def test_rows_of_ids_and_signs_in_text_are_no_values(roomy):
     for field in (b"token_ids", b"prompt"):
         answer = roomy.post("/v1/score", content=b'{"model":"m","%s":%s}' % (field, ids))
         assert answer.json()["prompt_tokens"] == LARGE
-        answer = roomy.post("/v1/score", content=b'{"model":"m","%s":[1,%s}' % (field, ids[1:]))
+        answer = roomy.post("/v1/score", content=b'{"model":"m","%s":[-1,%s}' % (field, ids[1:]))
         assert f"{LARGE + 1} tokens, at most {LARGE}" in answer.json()["detail"]
         assert answer.json()["field"] == field.decode()
     text = rb",[{\\\"" * MANY
@@ -330,3 +330,13 @@ def test_questions_in_parallel(client):
     for thread in threads:
         thread.join()
     assert answers == ["pod-a"] * 8
+
+
+def test_what_is_said_of_a_pod_is_short(client):
+    follow = {"endpoint": "tcp://127.0.0.1:1"}
+    answer = client.put(f"/v1/pods/{'a' * 513}", json=follow)
+    assert (answer.status_code, "513 characters" in answer.json()["detail"]) == (400, True)
+    answer = client.put("/v1/pods/a", json=follow | {"topic": "t" * 300_000})
+    assert (answer.status_code, "262144 bytes" in answer.json()["detail"]) == (413, True)
+    answer = client.put("/v1/pods/a", json={"endpoint": "x"})
+    assert (answer.status_code, answer.json()["field"]) == (400, "body")

@@ -85,7 +85,7 @@ def test_what_comes_after_a_body_is_bounded_too(served):
 
 def test_many_requests_on_one_connection_are_no_long_head(served):
     with socket.create_connection(served.address, timeout=20) as connection:
-        for _ in range(1500):
+        for _ in range(3000):
             connection.sendall(WHOLE)
             answer = connection.recv(65_536)
             assert answer.startswith(b"HTTP/1.1 200")
