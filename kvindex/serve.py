@@ -83,7 +83,11 @@ def run_serve(config: Config) -> int:
         running.callback(checks.close)
         checks.start()
         answers = AnswerMetrics()
-        gate = Gate(access, max_under_way=config.http.max_under_way)
+        gate = Gate(
+            access,
+            max_under_way=config.http.max_under_way,
+            max_bytes_under_way=config.http.max_bytes_under_way,
+        )
         app = create_app(
             scorer,
             index,
