@@ -10,6 +10,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from reprlib import repr as short
 from typing import Annotated, NewType, TypeAlias, cast
 
 import msgspec
@@ -27,7 +28,9 @@ ImageItem: TypeAlias = tuple[str, int, int]
 
 MAX_TOKEN_ID = 2**32 - 1
 
-_JSON = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKEN_ID)]])
+_Id: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKEN_ID)]
+_JSON = msgspec.json.Decoder(list[_Id])
+_WHOLE = msgspec.json.Decoder(list[_Id], strict=False)
 
 _KNOWN_FORMATS = frozenset("cbB?hHiIlLqQnNfd")
 """What `memoryview` can read."""
@@ -64,20 +67,17 @@ def token_ids_of_json(text: bytes | memoryview | msgspec.Raw) -> bytes | memoryv
     try:
         return _packed(_JSON.decode(text))
     except msgspec.ValidationError as error:
-        if "got `float`" in str(error) and (ids := _whole(text)) is not None:
-            return _packed(ids)
-        what, _, where = str(error).partition(" - at `$")
-        raise InvalidQuestion(f"token_ids{where.rstrip('`')}: {what}") from error
+        wrong = error
     except msgspec.DecodeError as error:
         raise InvalidQuestion(f"token_ids: {error}") from error
-
-
-def _whole(text: bytes | memoryview | msgspec.Raw) -> list[int] | None:
-    """The numbers of an array in which some whole ones are written as 1.0, which JSON does not tell apart."""
-    numbers = msgspec.json.decode(text)
-    if all(isinstance(n, int) or (isinstance(n, float) and n.is_integer()) for n in numbers):
-        return [int(n) for n in numbers]
-    return None
+    # JSON does not tell 1.0 from 1; who reads so would take "1" too
+    if "got `float`" in str(wrong) and b'"' not in bytes(text):
+        try:
+            return _packed(_WHOLE.decode(text))
+        except msgspec.ValidationError as error:
+            wrong = error
+    what, _, where = str(wrong).partition(" - at `$")
+    raise InvalidQuestion(f"token_ids{where.rstrip('`')}: {what}") from wrong
 
 
 def _packed(token_ids: Sequence[int]) -> memoryview:
@@ -85,7 +85,7 @@ def _packed(token_ids: Sequence[int]) -> memoryview:
         packed = array("I", token_ids)
     except (TypeError, OverflowError):
         bad = next((t for t in token_ids if type(t) is not int or not 0 <= t <= MAX_TOKEN_ID), None)
-        raise InvalidQuestion(f"token_ids: expected whole numbers from 0 to 2**32-1, got {bad!r}") from None
+        raise InvalidQuestion(f"token_ids: expected whole numbers from 0 to 2**32-1, got {short(bad)}") from None
     if sys.byteorder == "big":
         packed.byteswap()
     return memoryview(packed).cast("B")

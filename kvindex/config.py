@@ -150,8 +150,12 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The port; 0: any, which the log names."""
     max_tokens: Annotated[int, Meta(ge=1)] = 1_000_000
     """Tokens of one question."""
-    max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 16 * 1024 * 1024
     """Bytes of a request's body."""
+    max_bytes_under_way: Annotated[int, Meta(ge=1024)] = 512 * 1024 * 1024
+    """Bytes of the bodies of all requests under way; what is more is answered 503."""
+    read_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
+    """For how long a request may take to come, body and all; then its connection is closed."""
     max_under_way: Annotated[int, Meta(ge=1)] = 1024
     """Requests under way at once; one more is answered 503. Probes do not count."""
     shutdown_delay_s: Annotated[float, Meta(ge=0, le=600)] = 0.0

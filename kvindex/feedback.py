@@ -39,7 +39,7 @@ def feedback_routes(
     @post("/v1/routed", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def routed(request: Request[Any, Any, Any]) -> RoutedAnswer:
         """Say that a prompt is sent to a pod now: its blocks count as speculative for a while."""
-        told = ROUTED.read(await request.body())
+        told = await ROUTED.aread(await request.body(), max_tokens=max_tokens)
         known = await scorer.arouted(name_of(told.pod, followed), await prompt(told), rank=told.rank)
         if not known:
             raise _unknown(told)
@@ -48,7 +48,7 @@ def feedback_routes(
     @post("/v1/observe", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def observe(request: Request[Any, Any, Any]) -> Observation:
         """Say what the engine reused of a prompt: the error of the prediction is measured."""
-        told = OBSERVE.read(await request.body())
+        told = await OBSERVE.aread(await request.body(), max_tokens=max_tokens)
         name = name_of(told.pod, followed)
         seen = await scorer.aobserve(name, await prompt(told), cached_tokens=told.cached_tokens, rank=told.rank)
         if seen.outcome == "unknown_pod":

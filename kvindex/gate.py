@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import msgspec
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, Message, Receive, ReceiveMessage, Scope, Send
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvindex.access import REFUSED, Access
+from scorer import Unavailable
 
 _READY = "/readyz"
 _PROBES = frozenset({"/healthz", _READY})
@@ -20,11 +21,16 @@ _CLOSE = (b"connection", b"close")
 class Gate(Collector):
     """Stands before an application, and counts what it refuses. For one event loop."""
 
-    def __init__(self, access: Access, *, max_under_way: int) -> None:
+    def __init__(self, access: Access, *, max_under_way: int, max_bytes_under_way: int) -> None:
         self._access = access
         self._max_under_way = max_under_way
+        self._max_bytes = max_bytes_under_way
+        self._bytes = 0
+        """Of the bodies of requests under way."""
         self.under_way = 0
         """Requests that the application has not ended yet, without those of probes."""
+        self.late = 0
+        """Connections that were closed because a request did not come in its time."""
         self._overloaded = 0
         self._is_leaving = False
         self._unauthorized = _problem(401, "Unauthorized", REFUSED, (b"www-authenticate", b"Bearer"))
@@ -67,22 +73,40 @@ class Gate(Collector):
                 await self._too_many.send(send)
             else:
                 self.under_way += 1
+                taken = 0
+
+                async def counted() -> ReceiveMessage:
+                    nonlocal taken
+                    message = await receive()
+                    size = len(message.get("body", b""))
+                    taken += size
+                    self._bytes += size
+                    if self._bytes > self._max_bytes:
+                        self._overloaded += 1
+                        raise Unavailable(f"body: {self._max_bytes} bytes are under way already; ask again later")
+                    return message
+
                 try:
-                    await app(scope, receive, send)
+                    await app(scope, counted, send)
                 except asyncio.CancelledError:
                     # its time is over and its connection was cut off: that is said once for all of them
                     if not self._is_leaving:
                         raise
                 finally:
                     self.under_way -= 1
+                    self._bytes -= taken
 
         return gated
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
         yield GaugeMetricFamily("kvindex_http_under_way", "HTTP requests under way", value=self.under_way)
+        yield GaugeMetricFamily("kvindex_http_bytes_under_way", "Bytes of their bodies", value=self._bytes)
         yield CounterMetricFamily(
             "kvindex_http_overloaded", "HTTP requests refused because too many were under way", value=self._overloaded
+        )
+        yield CounterMetricFamily(
+            "kvindex_http_late", "HTTP connections closed because a request did not come in its time", value=self.late
         )
 
 

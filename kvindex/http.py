@@ -36,6 +36,8 @@ from kvindex.tokenizing import PromptMetrics
 from scorer import PrefixScorer
 
 _POD = "/v1/pods/{pod:str}"
+_POD_BODY_BYTES = 262_144
+_NAME_CHARS = 512
 
 
 def create_app(
@@ -83,9 +85,12 @@ def create_app(
         if not await asyncio.to_thread(forget_pod, pod, followed, index, pool):
             raise HTTPException(status_code=HTTP_404_NOT_FOUND, detail=f"pod {pod!r}: nobody follows it")
 
-    @put(_POD, status_code=HTTP_204_NO_CONTENT)
+    @put(_POD, status_code=HTTP_204_NO_CONTENT, request_max_body_size=_POD_BODY_BYTES)
     async def register(pod: FromPath[str], data: JSONBody[discovery.PodBody]) -> Response[None]:
         """Follow a pod, or follow it otherwise than before."""
+        if len(pod) > _NAME_CHARS:
+            detail = f"pod: a name of {len(pod)} characters, expected at most {_NAME_CHARS}"
+            raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=detail)
         try:
             found = discovery.found_of(pod, [data], shared=False)
             is_new = await asyncio.to_thread(followed.put, pod, found)

@@ -13,6 +13,10 @@ import structlog
 import uvicorn
 
 from kvindex.gate import Gate
+from kvindex.reading import Reading
+
+_TICKS = 10
+"""Ticks of uvicorn, of 0.1 s, after which connections are looked at."""
 
 
 class Beside(Protocol):
@@ -30,10 +34,20 @@ class Server(uvicorn.Server):
 
     At the first signal it is not ready at once, and answers on for `delay_s`; then it stops listening, and lets what is
     under way end within `timeout_s`. A second signal ends it at once.
+
+    A connection whose request does not come within `read_timeout_s` is closed: its places are few. The protocol of
+    `config` is that of `kvindex.reading`.
     """
 
     def __init__(
-        self, config: uvicorn.Config, gate: Gate, beside: Beside | None, *, delay_s: float, timeout_s: int
+        self,
+        config: uvicorn.Config,
+        gate: Gate,
+        beside: Beside | None,
+        *,
+        delay_s: float,
+        timeout_s: int,
+        read_timeout_s: float,
     ) -> None:
         super().__init__(config)
         config.timeout_graceful_shutdown = timeout_s + 1  # for what does not even end when it is cut off
@@ -41,6 +55,7 @@ class Server(uvicorn.Server):
         self._beside = beside
         self._delay_s = delay_s
         self._timeout_s = timeout_s
+        self._read_timeout_s = read_timeout_s
         self._stop_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -74,7 +89,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Say whether it is time to stop."""
+        """Close what is late, and say whether it is time to stop."""
+        if counter % _TICKS == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Reading) and connection.is_late(self._read_timeout_s):
+                    self._gate.late += 1
+                    connection.transport.abort()
         return await super().on_tick(counter) and (self.force_exit or time.monotonic() >= self._stop_at)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import structlog
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, InternalServerException
 
 from indexer import IndexUnavailable
 from scorer import InvalidRequest, NoTokenizer, ScorerError, Unavailable
@@ -44,14 +44,16 @@ def answer(
 
 def _http(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     parts = [part for part in error.extra or [] if isinstance(part, dict)]
-    details = [f"{part.get('key') or 'body'}: {part.get('message', '')}" for part in parts]
-    field = parts[0].get("key") if len(parts) == 1 else None
+    # "data" is what Litestar calls the parameter that takes the body
+    keys = [key if (key := part.get("key") or "data") != "data" else "body" for part in parts]
+    details = [f"{key}: {part.get('message', '')}" for key, part in zip(keys, parts, strict=True)]
+    field = keys[0] if len(parts) == 1 else None
     return answer(error.status_code, "; ".join(details) or error.detail, field=field, headers=error.headers)
 
 
 def _too_long(request: Request[Any, Any, Any], _: Exception) -> Response[bytes]:
     most = request.route_handler.resolve_request_max_body_size()
-    return answer(413, f"body: longer than {most} bytes; http.max_body_bytes is the most that is read")
+    return answer(413, f"body: longer than {most} bytes, the most that is read here", field="body")
 
 
 def _refused(_: Request[Any, Any, Any], error: ScorerError) -> Response[bytes]:
@@ -72,6 +74,8 @@ def _no_json(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
 
 
 def _failed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    if isinstance(error, InternalServerException):  # Litestar's own word for a client that went before all had come
+        return answer(400, "body: it did not come to its end")
     structlog.get_logger("kvindex").error(
         "request_failed", path=request.url.path[:200], error=repr(error), exc_info=error
     )

@@ -1,5 +1,6 @@
 """The bodies of questions over HTTP: read once, strictly, in the form that they have."""
 
+import asyncio
 from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import msgspec
@@ -7,6 +8,7 @@ from msgspec import Meta
 
 from indexer import InvalidQuestion, Prompt, token_ids_of_json
 from scorer import (
+    MAX_PROMPTS,
     Body,
     InvalidRequest,
     Name,
@@ -21,6 +23,8 @@ from scorer import (
 _NULL = msgspec.Raw(b"null")
 MOST_QUESTIONS = 1_024
 """Questions of one batch."""
+MOST_VALUES = 262_144
+"""Values of one body beside token ids: more would hold up everything else for longer than a probe should wait."""
 
 Pods: TypeAlias = (
     Annotated[list[Name], Meta(max_length=16_384, description="Ask for these pods only, by any of their names")] | None
@@ -87,22 +91,47 @@ OfText = TypeVar("OfText", bound=Body)
 Question: TypeAlias = TokenBody | Body
 
 
+class _Form(msgspec.Struct):
+    """What tells the forms apart; all else is passed over."""
+
+    token_ids: msgspec.Raw = _NULL
+    prompt: msgspec.Raw = _NULL
+
+
+class _Objects(msgspec.Struct):
+    """A batch whose questions are counted, and no more."""
+
+    questions: Annotated[list[_Form], Meta(max_length=MOST_QUESTIONS)]
+
+
 class Reader(Generic[OfTokens, OfText]):
     """Reads bodies of one kind."""
 
     def __init__(self, tokens: type[OfTokens], text: type[OfText]) -> None:
         self._strict = msgspec.json.Decoder(tokens)
-        self._text = text
+        self._loose = msgspec.json.Decoder(text)
         self._known = ", ".join(sorted(field.name for field in msgspec.structs.fields(tokens)))
 
-    def read(self, body: bytes | msgspec.Raw) -> OfTokens | OfText:
-        """Read one. Raises `InvalidRequest`, which names the field."""
+    def read(self, body: bytes | msgspec.Raw, *, max_tokens: int) -> OfTokens | OfText:
+        """Read one, at most so many tokens where it has ids. Raises `InvalidRequest`, which names the field."""
         try:
-            return self._read(body)
-        except InvalidRequest as error:
-            if "got `float`" not in str(error):
-                raise
-        return self._read(msgspec.json.encode(_with_whole(msgspec.json.decode(body))))
+            _check_values(body, max_tokens)
+            try:
+                return self._read(body)
+            except msgspec.ValidationError as error:
+                if "got `float`" not in str(error):
+                    raise
+            return self._read(_with_whole_fields(body))
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(self._said(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _no_json(error) from error
+
+    async def aread(self, body: bytes, *, max_tokens: int) -> OfTokens | OfText:
+        """Do what `read` does; a long body is read in a thread, so that the event loop goes on."""
+        if len(body) <= 2 * MOST_VALUES:
+            return self.read(body, max_tokens=max_tokens)
+        return await asyncio.to_thread(self.read, body, max_tokens=max_tokens)
 
     def _read(self, body: bytes | msgspec.Raw) -> OfTokens | OfText:
         wrong: msgspec.ValidationError | None = None
@@ -112,19 +141,16 @@ class Reader(Generic[OfTokens, OfText]):
                 return question
         except msgspec.ValidationError as error:  # of the other form, or of neither
             wrong = error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise _no_json(error) from error
-        try:
-            whole = msgspec.json.decode(body)
-            if wrong is None or (isinstance(whole, dict) and whole.get("token_ids") is None):
-                if isinstance(prompt := whole.get("prompt"), list):
-                    whole["prompt"] = _with_whole(prompt)
-                return msgspec.convert(whole, self._text)
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(field_of(error)) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # in a field that nobody reads
-            raise _no_json(error) from error
-        raise InvalidRequest(self._said(wrong)) from wrong
+        form = _FORM.decode(body)
+        if wrong is not None and form.token_ids != _NULL:
+            raise wrong
+        text = self._loose.decode(body)
+        bytes(body).decode()  # also where nobody reads it, JSON is UTF-8
+        if isinstance(text.prompt, list) and text.prompt and not isinstance(text.prompt[0], str):
+            said = bytes(form.prompt)
+            if any(sign in said for sign in (b".", b"e", b"E")):
+                text.prompt = _with_whole(text.prompt)
+        return text
 
     def _said(self, error: msgspec.ValidationError) -> str:
         said = str(error)
@@ -134,21 +160,34 @@ class Reader(Generic[OfTokens, OfText]):
         return field_of(error)
 
 
-def read_batch(body: bytes) -> list[ScoreTokens | ScoreText]:
+def read_batch(body: bytes, *, max_tokens: int) -> list[ScoreTokens | ScoreText]:
     """Read the questions of a batch. Raises `InvalidRequest`, which names question and field."""
     try:
+        if len(body) > 2 * MOST_VALUES:
+            check_most(body, b"[{")
+            _OBJECTS.decode(body)
         batch = _BATCH.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequest(field_of(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _no_json(error) from error
-    asked = []
+    asked, prompts = [], 0
     for number, question in enumerate(batch.questions):
         try:
-            asked.append(SCORE.read(question))
+            asked.append(SCORE.read(question, max_tokens=max_tokens))
+            prompts = _prompts_up_to(asked[-1], prompts)
         except InvalidRequest as error:
             raise numbered(error, number, "questions") from error
     return asked
+
+
+def _prompts_up_to(question: Question, before: int) -> int:
+    """Give how many prompts a batch has with this question. Raises `InvalidRequest`."""
+    said = question.prompt if isinstance(question, Body) else None
+    count = before + (len(said) if isinstance(said, list) and said and isinstance(said[0], str | list) else 1)
+    if count > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt: {count} prompts up to here, at most {MAX_PROMPTS} are answered")
+    return count
 
 
 def prompt_of(question: TokenBody, scorer: PrefixScorer) -> Prompt:
@@ -191,6 +230,45 @@ def check_length(field: str, length: int, max_tokens: int) -> None:
         raise InvalidRequest(f"{field}: {length} tokens, at most {max_tokens} are answered")
 
 
+def _check_values(body: bytes | msgspec.Raw, max_tokens: int) -> None:
+    """Raise `InvalidRequest` for a body that would become too many objects, before it does.
+
+    Nothing else gets on meanwhile, and an object takes many times the bytes of its text. Rows of token ids are cheap.
+    """
+    if memoryview(body).nbytes <= 2 * MOST_VALUES:
+        return
+    form, rows = _FORM.decode(body), 0
+    for field, row in (("token_ids", bytes(form.token_ids)), ("prompt", bytes(form.prompt))):
+        if row.startswith(b"[") and row.count(b"[") == 1 and b"{" not in row and b'"' not in row:
+            commas = row.count(b",")
+            check_length(field, commas + 1, max_tokens)
+            rows += commas
+    check_most(bytes(body), b",[{", but=rows)
+
+
+def check_most(text: bytes, signs: bytes, *, but: int = 0) -> None:
+    """Raise `InvalidRequest` where JSON has more of some signs outside of its strings than bodies may have values."""
+    most = MOST_VALUES + but
+    found = sum(text.count(sign) for sign in signs)
+    if found > most:
+        bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if bare.count(b'"') <= 4 * most:  # each value has one string or none, and one before it that names it, or none
+            bare = b"".join(bare.split(b'"')[::2])
+            found = sum(bare.count(sign) for sign in signs)
+    if found > most:
+        raise InvalidRequest(f"body: {found - but} values, at most {MOST_VALUES} are read beside token ids")
+
+
+def _with_whole_fields(body: bytes | msgspec.Raw) -> bytes:
+    """The same body with whole numbers that are written as 1.0 as such, in all fields that want whole numbers."""
+    fields = _FIELDS.decode(body)
+    for name in _WHOLE & fields.keys():
+        said = bytes(fields[name])
+        if len(said) <= 2 * MOST_VALUES:
+            fields[name] = msgspec.Raw(msgspec.json.encode(_with_whole(msgspec.json.decode(said))))
+    return msgspec.json.encode(fields)
+
+
 def _with_whole(value: Any) -> Any:  # noqa: ANN401  (what a client sent)
     """The same with whole numbers that are written as 1.0 as such: to JSON they are the same."""
     match value:
@@ -208,6 +286,10 @@ def _no_json(error: Exception) -> InvalidRequest:
 
 
 _BATCH = msgspec.json.Decoder(ScoreBatch)
+_OBJECTS = msgspec.json.Decoder(_Objects)
+_FORM = msgspec.json.Decoder(_Form)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_WHOLE = {"cached_tokens", "lora_name", "mm_items", "rank", "truncate_prompt_tokens"}
 SCORE = Reader(ScoreTokens, ScoreText)
 ROUTED = Reader(RoutedTokens, RoutedText)
 OBSERVE = Reader(ObserveTokens, ObserveText)

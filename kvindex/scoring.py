@@ -70,7 +70,7 @@ class Scoring:
         begun = time.perf_counter()
         timings = Timings()
         with self._answers.question("http") as counted:
-            question = SCORE.read(body)
+            question = await SCORE.aread(body, max_tokens=self._max_tokens)
             pods = self._pods_of(question)
             prompts = await prompts_of(question, self._scorer, timings, max_tokens=self._max_tokens)
             made = time.perf_counter()
@@ -95,22 +95,23 @@ class Scoring:
         """Answer a batch of questions, all or none. Raises `ScorerError`, which names the question."""
         begun = time.perf_counter()
         with self._answers.failures("http"):
-            questions = read_batch(body)
+            questions = await asyncio.to_thread(read_batch, body, max_tokens=self._max_tokens)
             read = time.perf_counter()
             answers = await asyncio.to_thread(self._answer_all, questions)
         matched = time.perf_counter()
-        encoded = _ENCODER.encode(BatchAnswer(answers))
+        encoded = _ENCODER.encode({"answers": answers})
         stages = {"read": read - begun, "match": matched - read, "encode": time.perf_counter() - matched}
         return encoded, server_timing(stages)
 
-    def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> list[ScoreAnswer]:
+    def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> list[msgspec.Raw]:
         each = self._prompts_of_all(questions)
         answers = []
         for question, prompts in zip(questions, each, strict=True):
             begun = time.perf_counter()
             timings = Timings() if question.timings else None
             pods = self._pods_of(question)
-            answers.append(self._answer(prompts, pods, timings))
+            # one by one: nothing else gets on while all of them together are encoded
+            answers.append(msgspec.Raw(_ENCODER.encode(self._answer(prompts, pods, timings))))
             self._answers.answered("http", time.perf_counter() - begun)
         return answers
 

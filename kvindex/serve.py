@@ -18,6 +18,7 @@ from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.leaving import Server
 from kvindex.pods import follow
+from kvindex.reading import Reading
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
 from kvindex.tls import open_tls
@@ -83,7 +84,11 @@ def run_serve(config: Config) -> int:
         running.callback(checks.close)
         checks.start()
         answers = AnswerMetrics()
-        gate = Gate(access, max_under_way=config.http.max_under_way)
+        gate = Gate(
+            access,
+            max_under_way=config.http.max_under_way,
+            max_bytes_under_way=config.http.max_bytes_under_way,
+        )
         app = create_app(
             scorer,
             index,
@@ -112,12 +117,25 @@ def run_serve(config: Config) -> int:
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         url = f"{'http' if tls is None else 'https'}://{host}:{port}"
-        settings = uvicorn.Config(gate.before(app), log_level="warning", access_log=False, lifespan="on", ws="none")
+        settings = uvicorn.Config(
+            gate.before(app),
+            http=Reading,
+            log_level="error",  # its warnings are about what clients send
+            access_log=False,
+            lifespan="on",
+            ws="none",
+        )
         if tls is not None:
             settings.load()
             settings.ssl = tls.context
-        delay_s, timeout_s = config.http.shutdown_delay_s, config.http.shutdown_timeout_s
-        server = Server(settings, gate, rpc, delay_s=delay_s, timeout_s=timeout_s)
+        server = Server(
+            settings,
+            gate,
+            rpc,
+            delay_s=config.http.shutdown_delay_s,
+            timeout_s=config.http.shutdown_timeout_s,
+            read_timeout_s=config.http.read_timeout_s,
+        )
         _spare_the_collector()
         with server.capture_signals():
             _listen(listener)  # who reads the next line may ask at once, and end it

@@ -7,12 +7,13 @@ from scorer.observing import ERROR_BOUNDS, Heal, Observation, Outcome, Tally
 from scorer.prefix_store import PrefixStats, PrefixStore
 from scorer.prompts import Prompts, RemoteTokenizer, Rendered, Timings
 from scorer.rendering import Renderer
-from scorer.requests import Body, ChatBody, Name, TokenBody, check_items, field_of
+from scorer.requests import MAX_PROMPTS, Body, ChatBody, Name, TokenBody, check_items, field_of
 from scorer.scorer import TIER_WEIGHTS, PrefixScorer
 from scorer.tokenizers import ModelSettings, Tokenizers
 
 __all__ = [
     "ERROR_BOUNDS",
+    "MAX_PROMPTS",
     "TIER_WEIGHTS",
     "Body",
     "ChatBody",

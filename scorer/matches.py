@@ -1,6 +1,6 @@
 """What a scorer says of each rank of each pod."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -50,15 +50,16 @@ def sum_of_scores(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def sum_of_matches(answers: Sequence[list[PodMatch]]) -> list[PodMatch]:
+def sum_of_matches(answers: Iterable[list[PodMatch]]) -> list[PodMatch]:
     """Add up the matches of several prompts, highest score first. A rank is exact where all of its answers are."""
-    if len(answers) == 1:
-        return answers[0]
+    each = iter(answers)
+    first = next(each, [])
     total: dict[tuple[str, int], PodMatch] = {}
-    for match in (match for answer in answers for match in answer):
+    for match in (match for answer in each for match in answer):
+        total = total or {(match.pod, match.rank): match for match in first}
         before = total.get((match.pod, match.rank))
         total[match.pod, match.rank] = match if before is None else _sum(before, match)
-    return sorted(total.values(), key=lambda match: (-match.score, match.pod, match.rank))
+    return sorted(total.values(), key=lambda match: (-match.score, match.pod, match.rank)) if total else first
 
 
 def _sum(one: PodMatch, other: PodMatch) -> PodMatch:

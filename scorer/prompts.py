@@ -1,12 +1,12 @@
 """From what clients send to prompts: text and chat messages, through templates and tokenizers."""
 
 import asyncio
-import functools
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeAlias, TypeVar
 
@@ -93,6 +93,7 @@ class Prompts:
         self._remote = remote
         self._max_chars = max_chars
         self._trust_templates = trust_templates
+        self._at_once = threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="prompts")
         self._free = threading.BoundedSemaphore(threads + max_waiting)
         self._max_waiting = max_waiting
@@ -159,24 +160,39 @@ class Prompts:
 
         if all(isinstance(question, Prompt) for question in questions):
             return [one(number) for number in range(len(questions))]
+        made: list[list[Prompt]] = []
+        begun: deque[Future[list[Prompt]]] = deque()
         try:
-            made = self._threads.map(one, range(len(questions)))
-        except RuntimeError as error:
-            raise Unavailable("the prompts are closed") from error
-        return list(made)
+            for number in range(len(questions)):
+                # no more than all threads at a time: who asks for one meanwhile does not wait for all of these
+                if len(begun) == self._at_once:
+                    made.append(begun.popleft().result())
+                begun.append(self._submit(one, number))
+            while begun:
+                made.append(begun.popleft().result())
+        finally:
+            for future in begun:
+                future.cancel()
+        return made
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do some work on the threads, off the event loop. Raises `Unavailable` where too much waits."""
         if not self._free.acquire(blocking=False):
             raise Unavailable(f"{self._max_waiting} questions wait to be tokenized; ask again later")
         try:
-            future = self._threads.submit(functools.partial(work, *args, **kwargs))
-        except RuntimeError as error:
+            future = self._submit(work, *args, **kwargs)
+        except Unavailable:
             self._free.release()
-            raise Unavailable("the prompts are closed") from error
+            raise
         # what is given up by its caller holds its place until it is done
         future.add_done_callback(lambda _: self._free.release())
         return await asyncio.wrap_future(future)
+
+    def _submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        try:
+            return self._threads.submit(work, *args, **kwargs)
+        except RuntimeError as error:
+            raise Unavailable("the prompts are closed") from error
 
     def _made(self, request: Request, timings: Timings) -> list[Prompt]:
         who = request.identity

@@ -129,8 +129,9 @@ class Questions(ABC):
         self, prompts: Sequence[Prompt], *, pods: Collection[str] | None = None, timings: Timings | None = None
     ) -> list[PodMatch]:
         """Give the matches for prompts of one request, added up."""
+        # one by one: the matches of all of them at once would be as many as pods times prompts
         return sum_of_matches(
-            [self._timed(prompt, timings, lambda each: self.match(each, pods=pods)) for prompt in prompts]
+            self._timed(prompt, timings, lambda each: self.match(each, pods=pods)) for prompt in prompts
         )
 
     def score_many(

@@ -176,6 +176,9 @@ def read_request(body: Mapping[str, Any] | Body) -> Request:
         found = " and ".join(given) or "none"
         raise InvalidRequest(f"token_ids, prompt or messages: expected one of them, got {found}")
     identity = Identity(read.model, read.lora_name, read.cache_salt, read.mm_items)
+    prompts = [] if read.messages is not None else _prompts(getattr(read, given[0]), given[0])
+    if read.mm_items and len(prompts) > 1:
+        raise InvalidRequest(f"mm_items: given for {len(prompts)} prompts, but their places are those of one")
     chat = None
     if read.messages is not None:
         chat = ChatBody(
@@ -191,7 +194,7 @@ def read_request(body: Mapping[str, Any] | Body) -> Request:
     return Request(
         identity,
         given[0],
-        prompts=[] if chat is not None else _prompts(getattr(read, given[0]), given[0]),
+        prompts=prompts,
         chat=chat,
         add_special_tokens=read.add_special_tokens,
         truncate_prompt_tokens=read.truncate_prompt_tokens,

@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def test_one_more_than_may_be_under_way_is_refused_and_probes_are_not():
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
 
-    gate = Gate(Access(), max_under_way=2)
+    gate = Gate(Access(), max_under_way=2, max_bytes_under_way=1024)
     with serving(gate.before(app)) as (url,):
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(httpx.get(f"{url}/slow"))) for _ in range(2)]
@@ -247,13 +248,34 @@ def test_one_more_than_may_be_under_way_is_refused_and_probes_are_not():
         assert "2 requests" in answer.json()["detail"]
         assert [httpx.get(f"{url}{path}").status_code for path in ("/healthz", "/readyz")] == [200, 200]
         counted = {metric.name: metric.samples[0].value for metric in gate.collect()}
-        assert counted == {"kvindex_http_under_way": 2, "kvindex_http_overloaded": 1}
+        assert counted == {
+            "kvindex_http_under_way": 2,
+            "kvindex_http_bytes_under_way": 0,
+            "kvindex_http_overloaded": 1,
+            "kvindex_http_late": 0,
+        }
         loops[0].call_soon_threadsafe(go_on.set)
         for thread in threads:
             thread.join()
         assert [answer.status_code for answer in answers] == [200, 200]
         assert httpx.get(f"{url}/other").status_code == 200
         assert next(metric.samples[0].value for metric in gate.collect()) == 0
+
+
+def test_more_bytes_than_may_be_under_way_are_refused(tmp_path):
+    head = b"POST /v1/score HTTP/1.1\r\nhost: a\r\ncontent-length: 5000\r\n\r\n"
+    with service(tmp_path, http_max_bytes_under_way=8192) as served:
+        with socket.create_connection(served.address) as slow:
+            slow.sendall(head + b" " * 4999)
+            until(lambda: "kvindex_http_bytes_under_way 4999.0" in httpx.get(f"{served.url}/metrics").text)
+            answer = httpx.post(f"{served.url}/v1/score", content=b" " * 5000)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "8192 bytes" in answer.json()["detail"]
+            assert httpx.post(f"{served.url}/v1/score", json=QUESTION).status_code == 200
+        until(lambda: "kvindex_http_bytes_under_way 0.0" in httpx.get(f"{served.url}/metrics").text)
+        text = httpx.get(f"{served.url}/metrics").text
+        assert "kvindex_http_overloaded_total 1.0" in text
+        assert not served.events("request_failed")
 
 
 # ---- TLS

@@ -11,6 +11,7 @@ from litestar.testing import TestClient
 from indexer import open_index
 from kvevents import EventPool, Message
 from kvindex.http import create_app
+from kvindex.questions import MOST_VALUES
 from scorer import PrefixScorer
 
 from .conftest import payload
@@ -28,7 +29,7 @@ def client():
             event = ["BlockStored", names, None, list(tokens), 16, None]
             pool.submit(Message(f"kv@{pod}@{MODEL}".encode(), 0, payload(event)))
         pool.drain()
-        app = create_app(PrefixScorer(index), index, pool, max_tokens=100, max_body_bytes=4096)
+        app = create_app(PrefixScorer(index), index, pool, max_tokens=100, max_body_bytes=20_000)
         with TestClient(app) as opened:
             yield opened
 
@@ -88,9 +89,9 @@ def test_what_is_no_question_is_refused(client, content, route):
 
 
 def test_a_body_that_is_too_large_is_refused(client):
-    response = ask(client, model="x" * 5000)
+    response = ask(client, model="x" * 25_000)
     assert response.status_code == 413
-    assert "4096 bytes; http.max_body_bytes" in response.json()["detail"]
+    assert "20000 bytes" in response.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,100 @@ def test_whole_numbers_are_whole_however_they_are_written(client):
     ids = b",".join(b"%d.0" % token for token in range(40))
     answer = client.post("/v1/score", content=text % ids)
     assert answer.json()["scores"] == {"pod-a": 2.0, "pod-b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("token_ids", b"1.0", "token_ids: Expected `array`"),
+        ("token_ids", b"[1.0," + b"9" * 900 + b"]", "token_ids[1]: "),
+        ("token_ids", b"[1.0,true]", "token_ids[1]: Expected `int`, got `bool`"),
+        ("token_ids", b'[1.0,"1"]', "token_ids"),
+        ("token_ids", b"[1.0,1e300]", "token_ids"),
+        ("prompt", b"[1e400]", "prompt[0]: Number out of range"),
+        ("rank", b"1.5", "rank"),
+    ],
+)
+def test_odd_numbers_are_refused_by_the_fields_name(client, field, value, says):
+    for route, start in (
+        ("score", b""),
+        ("routed", b'"pod":"pod-a",'),
+        ("observe", b'"pod":"pod-a","cached_tokens":0,'),
+    ):
+        rest = b',"token_ids":[1]' if field == "rank" else b""
+        body = b'{%s"model":"m","%s":%s%s}' % (start, field.encode(), value, rest)
+        answer = client.post(f"/v1/{route}", content=body)
+        assert answer.status_code == 400, route
+        assert says in answer.json()["detail"]
+
+
+def test_what_nobody_reads_may_hold_any_json(client):
+    for junk in (b"9" * 5000, b"1e400", b"[" * 900 + b"]" * 900):
+        answer = client.post("/v1/score", content=b'{"model":"m","prompt":[1,2],"max_tokens":%s}' % junk)
+        assert answer.status_code == 200
+
+
+LARGE = 1_200_000
+MANY = MOST_VALUES + 10
+
+
+@pytest.fixture
+def roomy():
+    index = open_index()
+    with EventPool(index) as pool:
+        app = create_app(PrefixScorer(index), index, pool, max_tokens=LARGE, max_body_bytes=1 << 24)
+        with TestClient(app) as opened:
+            yield opened
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","prompt":[' + b"[]," * MANY + b"[]]}",
+        b'{"model":"m","prompt":[1],"j":[' + b"1," * MANY + b"1]}",
+        b'{"model":"m","messages":[{"role":"user","content":"a","j":[' + b"{}," * MANY + b'"\\""]}]}',
+        b'{"model":"m","mm_items":[' + b'["",0,0],' * MANY + b'["",0,0]],"token_ids":[1]}',
+        b'{"model":"m","pods":[' + b'"a",' * MANY + b'"a"],"token_ids":[1]}',
+        b'{"model":"m","truncate_prompt_tokens":1.0,"prompt":[' + b"[]," * MANY + b"[]]}",
+    ],
+)
+def test_a_body_of_very_many_values_is_refused_before_it_is_read(roomy, body):
+    answer = roomy.post("/v1/score", content=body).json()
+    assert f"at most {MOST_VALUES} are read" in answer["detail"]
+    assert answer["field"] == "body"
+
+
+@pytest.mark.parametrize("start", [b"[", b"{"])
+def test_a_batch_of_very_many_values_is_refused_before_it_is_read(roomy, start):
+    junk = start + bytes([start[0] + 2])
+    body = b'{"questions":[' + (junk + b",") * MANY + junk + b"]}"
+    assert "values" in roomy.post("/v1/score_batch", content=body).json()["detail"]
+    numbers = b'{"questions":[' + b"0," * 2 * MANY + b"0]}"
+    assert "questions[0]: Expected `object`" in roomy.post("/v1/score_batch", content=numbers).json()["detail"]
+
+
+def test_rows_of_ids_and_signs_in_text_are_no_values(roomy):
+    ids = b"[" + b"1," * (LARGE - 1) + b"1]"
+    for field in (b"token_ids", b"prompt"):
+        answer = roomy.post("/v1/score", content=b'{"model":"m","%s":%s}' % (field, ids))
+        assert answer.json()["prompt_tokens"] == LARGE
+        answer = roomy.post("/v1/score", content=b'{"model":"m","%s":[-1,%s}' % (field, ids[1:]))
+        assert f"{LARGE + 1} tokens, at most {LARGE}" in answer.json()["detail"]
+        assert answer.json()["field"] == field.decode()
+    text = rb",[{\\\"" * MANY
+    assert roomy.post("/v1/score", content=b'{"model":"m","prompt":"%s"}' % text).status_code == 422
+
+
+def test_prompts_of_a_request_are_bounded(client):
+    items = {"model": MODEL, "prompt": [[1], [2]], "mm_items": [["a", 0, 1]]}
+    assert "mm_items: given for 2 prompts" in ask_whole(client, items)["detail"]
+    many = [{"model": MODEL, "prompt": [[]] * 600}] * 7
+    answer = client.post("/v1/score_batch", content=json.dumps({"questions": many}, separators=(",", ":"))).json()
+    assert (answer["field"], "at most 4096" in answer["detail"]) == ("questions[6].prompt", True)
+
+
+def ask_whole(client, body):
+    return client.post("/v1/score", json=body).json()
 
 
 def test_a_batch_is_many_questions(client):
@@ -268,3 +363,13 @@ def test_the_event_loop_waits_for_no_index(route):
             body = bodies.get(route)
             answer = client.get(f"/v1/{route}") if body is None else client.post(f"/v1/{route}", json=body)
             assert answer.status_code == (404 if route in ("routed", "observe") else 200), answer.text
+
+
+def test_what_is_said_of_a_pod_is_short(client):
+    follow = {"endpoint": "tcp://127.0.0.1:1"}
+    answer = client.put(f"/v1/pods/{'a' * 513}", json=follow)
+    assert (answer.status_code, "513 characters" in answer.json()["detail"]) == (400, True)
+    answer = client.put("/v1/pods/a", json=follow | {"topic": "t" * 300_000})
+    assert (answer.status_code, "262144 bytes" in answer.json()["detail"]) == (413, True)
+    answer = client.put("/v1/pods/a", json={"endpoint": "x"})
+    assert (answer.status_code, answer.json()["field"]) == (400, "body")

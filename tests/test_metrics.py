@@ -62,7 +62,7 @@ def client():
             pool,
             max_tokens=100,
             max_body_bytes=4096,
-            collectors=[access, Gate(access, max_under_way=1)],
+            collectors=[access, Gate(access, max_under_way=1, max_bytes_under_way=1)],
         )
         with TestClient(app) as opened:
             ask(opened, "score")

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -526,3 +527,28 @@ def test_a_remote_tokenizer_is_asked_where_there_is_none_here(folder, tmp_path):
 def test_bounds_are_at_least_one(name):
     with pytest.raises(InvalidRequest, match=name):
         Prompts(**{name: 0})
+
+
+def test_one_question_does_not_wait_for_a_whole_batch(monkeypatch):
+    order, begun, go_on = [], threading.Event(), threading.Event()
+
+    def read(_, body, timings=None):
+        begun.set()
+        assert go_on.wait(20)
+        order.append("batch")
+        return [Prompt([], "m")]
+
+    monkeypatch.setattr(Prompts, "read", read)
+    with Prompts(threads=1) as prompts, ThreadPoolExecutor(1) as apart:
+        batch = apart.submit(prompts.each, [{}] * 20)
+        assert begun.wait(20)
+
+        async def one():
+            asked = asyncio.ensure_future(prompts.run(order.append, "one"))
+            await asyncio.sleep(0)  # it is in line now
+            go_on.set()
+            await asked
+
+        asyncio.run(one())
+        assert len(batch.result()) == 20
+    assert order.index("one") <= 2
