@@ -56,19 +56,21 @@ def client():
         pool.submit(Message(b"kv@pod-b@m", 6, b"\xc1"))
         pool.drain()
         access = Access()
+        spans = Spans(TracingConfig(endpoint="http://127.0.0.1:1"))
         app = create_app(
             PrefixScorer(index, prompts=prompts),
             index,
             pool,
             max_tokens=100,
             max_body_bytes=4096,
-            collectors=[access, Gate(access, max_under_way=1)],
+            collectors=[access, Gate(access, max_under_way=1), spans],
         )
         with TestClient(app) as opened:
             ask(opened, "score")
             ask(opened, "routed", pod="pod-a")
             ask(opened, "observe", pod="pod-a", cached_tokens=32)
             yield opened
+        spans.close()
 
 
 @pytest.fixture(scope="module")
