@@ -12,9 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from indexer import open_index, redis_index
 from kvevents import EventPool, Message, trust
 from kvindex.access import Access
+from kvindex.config import TracingConfig
 from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.meanings import meaning_of
+from kvindex.spans import Spans
 from scorer import PrefixScorer, PrefixStore, Prompts
 
 from .conftest import MODEL, payload

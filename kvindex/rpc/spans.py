@@ -10,7 +10,6 @@ from kvindex.rpc.schema import Schema
 if TYPE_CHECKING:
     from kvindex.spans import Spans
 
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 _CONTEXT = ("traceparent", "tracestate")
 
 
@@ -34,12 +33,15 @@ class Traced(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the package s
 
         async def traced(payload: Any, context: Any) -> Any:  # noqa: ANN401
             with self._spans.question(name, carrier, {"rpc.system.name": "grpc", "rpc.method": name}) as trace:
+                if trace is None:
+                    return await answers.unary_unary(payload, context)
                 try:
                     return await answers.unary_unary(payload, context)
+                except BaseException:
+                    code = context.code()  # no status at all where the caller went away
+                    trace.status = code.name if isinstance(code, grpc.StatusCode) else "CANCELLED"
+                    raise
                 finally:
-                    if trace is not None:
-                        code = _CODES[context.code() or 0]
-                        trace.attributes["rpc.response.status_code"] = code
-                        trace.status = code if code != "OK" else ""
+                    trace.attributes["rpc.response.status_code"] = trace.status or "OK"
 
         return grpc.unary_unary_rpc_method_handler(traced, answers.request_deserializer, answers.response_serializer)
