@@ -31,7 +31,6 @@ _ROUTES = frozenset({"/v1/score", "/v1/score_batch", "/v1/routed", "/v1/observe"
 _CONTEXT = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
 _MOST_WAITING = 8_192
 """Spans that wait to be sent, about 2 KB each: those of a collector that is slow or away must not fill the memory."""
-_BATCH = 512
 _TEXT = 512
 """Characters of what is said; names of models may be as long."""
 _FLUSH_S = 2.0
@@ -62,9 +61,7 @@ class Spans(Collector):
             span_limits=SpanLimits(max_attribute_length=_TEXT),
             shutdown_on_exit=False,
         )
-        self._provider.add_span_processor(
-            BatchSpanProcessor(self._exporter, max_queue_size=_MOST_WAITING, max_export_batch_size=_BATCH)
-        )
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter, max_queue_size=_MOST_WAITING))
         self._tracer = self._provider.get_tracer("kvindex")
         self._propagator = TraceContextTextMapPropagator()
 
@@ -180,7 +177,7 @@ _SAID = _Said()
 
 
 class _Exporter(SpanExporter):
-    """Sends spans by another one, counts them, bounds those that wait, and says now and then that they are not taken."""
+    """Sends spans by another one, counts them, bounds those that wait, and says at times that they are not taken."""
 
     def __init__(self, exporter: SpanExporter, url: str) -> None:
         self._exporter = exporter

@@ -5,7 +5,6 @@ for. Where they are not, or not for this question, all of `note_...` do nothing.
 """
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -112,7 +111,10 @@ def open_tracing(config: TracingConfig, running: ExitStack) -> "Spans | None":
         raise UserError(
             f"tracing.endpoint {config.endpoint}: {error}; install 'kv-cache-indexer[otel]', or leave the key out"
         ) from error
-    spans = Spans(config)
+    try:
+        spans = Spans(config)
+    except (ValueError, RuntimeError, ImportError) as error:  # of what the SDK reads in the environment itself
+        raise UserError(f"tracing.endpoint {config.endpoint}: {error}; see the variables OTEL_...") from error
     running.callback(spans.close)
     return spans
 
@@ -124,7 +126,7 @@ def _check(config: TracingConfig) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise UserError(f"tracing.endpoint {config.endpoint!r}: expected http://HOST:PORT of a collector, OTLP over HTTP")
+        raise UserError(f"tracing.endpoint {config.endpoint!r}: expected http://HOST:PORT of an OTLP collector")
     for name, value in config.headers.items():
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
             raise UserError(f"tracing.headers {name!r}: a header has a name and a value of ASCII in one line")

@@ -82,7 +82,7 @@ def test_the_example_is_the_default(tmp_path):
 
 def test_what_is_in_effect_can_be_read_again(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text(FILE.replace("someone:pass@word@", "").replace("sk-1", ""))
+    file.write_text(FILE.replace("someone:pass@word@", "").replace("sk-1", "").replace("sk-2", ""))
     again = tmp_path / "again.yaml"
     again.write_text(reference.effective(load(file, {"KVINDEX_HTTP_PORT": "9000"})))
     assert load(again, {}) == load(file, {"KVINDEX_HTTP_PORT": "9000"})

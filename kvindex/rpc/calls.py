@@ -117,9 +117,7 @@ class Calls:
         for match in matches:
             _add(answer.matches, match)
         encoded = _bytes(answer)
-        note_stages(
-            begun, {"read": made - begun, "match": matched - made, "encode": time.perf_counter() - matched}
-        )
+        note_stages(begun, {"read": made - begun, "match": matched - made, "encode": time.perf_counter() - matched})
         return encoded
 
     def _names_of(self, asked: Iterable[str]) -> dict[str, list[str]]:
