@@ -10,7 +10,7 @@ COPY requirements.lock .
 # Only what the lock names, with its hash; the install below then takes the runtime part of it and nothing else.
 RUN pip download --no-cache-dir --require-hashes -r requirements.lock -d /wheels
 COPY --from=core /wheels /wheels
-RUN /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels 'kv-cache-indexer[grpc,kubernetes]' \
+RUN /opt/kvindex/bin/pip install --no-cache-dir --no-index --find-links /wheels 'kv-cache-indexer[grpc,kubernetes,otel]' \
  && /opt/kvindex/bin/pip uninstall -y setuptools pip
 
 FROM docker.io/library/python:3.11-slim-bookworm

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from indexer import IndexUnavailable
+from kvindex.tracing import note_found
 from scorer import PodMatch, ScorerError, Timings, Unavailable
 
 Carrier: TypeAlias = Literal["http", "grpc"]
@@ -144,6 +145,7 @@ class AnswerMetrics(Collector):
             self._tokens += tokens
             self._blocks += tokens // block_size
             self._hits += most
+        note_found(matches, tokens=tokens, block_size=block_size, most=most)
 
 
 def _outcome_of(error: Exception) -> Outcome:

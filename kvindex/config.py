@@ -22,7 +22,7 @@ TOKEN_VARIABLE = "KVINDEX_TOKEN"  # noqa: S105  (where it is, not what)
 """What programs that ask a service send; no key of the service itself."""
 _NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE", TOKEN_VARIABLE}
 _LISTS = {"pods", "bind"}
-_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers", "folders", "models", "aliases", "loras"}
+_JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers", "folders", "models", "aliases", "loras", "headers"}
 
 
 class IndexConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,6 +201,19 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Bytes of one message."""
 
 
+class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Spans of questions, see `docs/operations.md`. They need the packages of the extra ``otel``."""
+
+    endpoint: str = ""
+    """An OpenTelemetry collector, OTLP over HTTP: ``http://otel-collector:4318``; none: there are no spans."""
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """The share of questions that are traced, of those whose caller does not say it in ``traceparent``."""
+    service_name: Annotated[str, Meta(min_length=1)] = "kvindex"
+    """What traces call this service."""
+    headers: dict[str, str] = {}
+    """What is sent to the collector besides, as what it wants to see for access."""
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log output, on stderr."""
 
@@ -225,6 +238,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grpc: GrpcConfig = GrpcConfig()
     access: AccessConfig = AccessConfig()
     tls: TlsConfig = TlsConfig()
+    tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
 
 

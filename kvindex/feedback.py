@@ -16,6 +16,7 @@ from kvevents import discovery
 from kvindex.meanings import meaning_of
 from kvindex.pods import name_of
 from kvindex.questions import OBSERVE, ROUTED, Question, RoutedText, RoutedTokens, prompts_of
+from kvindex.tracing import note
 from scorer import ERROR_BOUNDS, InvalidRequest, Observation, PrefixScorer
 
 
@@ -30,17 +31,20 @@ def feedback_routes(
 ) -> list[HTTPRouteHandler]:
     """Make `/v1/routed` and `/v1/observe`. A pod that the index does not know is answered with 404."""
 
-    async def prompt(told: Question) -> Prompt:
+    async def prompt_of(told: Question) -> Prompt:
         prompts = await prompts_of(told, scorer, max_tokens=max_tokens)
         if len(prompts) > 1:
             raise InvalidRequest(f"prompt: {len(prompts)} prompts; say each by itself")
-        return prompts[0]
+        (prompt,) = prompts
+        note("kvindex.model", prompt.model)
+        note("kvindex.prompt_tokens", prompt.length)
+        return prompt
 
     @post("/v1/routed", status_code=HTTP_200_OK, request_max_body_size=max_body_bytes)
     async def routed(request: Request[Any, Any, Any]) -> RoutedAnswer:
         """Say that a prompt is sent to a pod now: its blocks count as speculative for a while."""
         told = await ROUTED.aread(await request.body(), max_tokens=max_tokens)
-        known = await scorer.arouted(name_of(told.pod, followed), await prompt(told), rank=told.rank)
+        known = await scorer.arouted(name_of(told.pod, followed), await prompt_of(told), rank=told.rank)
         if not known:
             raise _unknown(told)
         return RoutedAnswer(told.pod)
@@ -50,7 +54,7 @@ def feedback_routes(
         """Say what the engine reused of a prompt: the error of the prediction is measured."""
         told = await OBSERVE.aread(await request.body(), max_tokens=max_tokens)
         name = name_of(told.pod, followed)
-        seen = await scorer.aobserve(name, await prompt(told), cached_tokens=told.cached_tokens, rank=told.rank)
+        seen = await scorer.aobserve(name, await prompt_of(told), cached_tokens=told.cached_tokens, rank=told.rank)
         if seen.outcome == "unknown_pod":
             raise _unknown(told)
         return seen

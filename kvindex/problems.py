@@ -11,6 +11,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, InternalServerException
 
 from indexer import IndexUnavailable
+from kvindex.tracing import note_error
 from scorer import InvalidRequest, NoTokenizer, ScorerError, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
@@ -57,6 +58,7 @@ def _too_long(request: Request[Any, Any, Any], _: Exception) -> Response[bytes]:
 
 
 def _refused(_: Request[Any, Any, Any], error: ScorerError) -> Response[bytes]:
+    note_error(error)
     if isinstance(error, Unavailable):
         return answer(503, str(error), headers=SOON)
     if isinstance(error, NoTokenizer):
@@ -66,6 +68,7 @@ def _refused(_: Request[Any, Any, Any], error: ScorerError) -> Response[bytes]:
 
 
 def _unavailable(_: Request[Any, Any, Any], error: IndexUnavailable) -> Response[bytes]:
+    note_error(error)
     return answer(503, str(error), headers=SOON)
 
 
@@ -76,6 +79,7 @@ def _no_json(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
 def _failed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     if isinstance(error, InternalServerException):  # Litestar's own word for a client that went before all had come
         return answer(400, "body: it did not come to its end")
+    note_error(error)
     structlog.get_logger("kvindex").error(
         "request_failed", path=request.url.path[:200], error=repr(error), exc_info=error
     )

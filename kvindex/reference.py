@@ -14,7 +14,7 @@ from msgspec import inspect as schema
 
 from kvindex.config import Config, variable_of
 
-_SECRET = re.compile(r"(api_key|password|secret|token)s?$")
+_SECRET = re.compile(r"(api_key|password|secret|token|header)s?$")
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^/\s]+(?=@)")
 _PAGE = re.compile(r"`docs/([a-z-]+\.md)`")
 _HIDDEN = "***"
@@ -219,7 +219,8 @@ def effective(config: Config) -> str:
 
 def _without_secrets(value: Any, name: str = "") -> Any:  # noqa: ANN401  (what YAML has)
     if isinstance(value, dict):
-        return {key: _without_secrets(one, key) for key, one in value.items()}
+        # headers are called what the other side likes: all of them are hidden
+        return {key: _without_secrets(one, name if name == "headers" else key) for key, one in value.items()}
     if isinstance(value, list):
         return [_without_secrets(one, name) for one in value]
     if isinstance(value, str):

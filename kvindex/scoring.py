@@ -23,6 +23,7 @@ from kvindex.questions import (
     prompts_of,
     read_batch,
 )
+from kvindex.tracing import note_stages
 from scorer import Body, InvalidRequest, PodMatch, PrefixScorer, ScorerError, Timings, numbered, scores_of
 
 
@@ -89,6 +90,7 @@ class Scoring:
             "match": matched - made,
             "encode": time.perf_counter() - matched,
         }
+        note_stages(begun, stages)
         return encoded, server_timing(stages)
 
     async def score_batch(self, body: bytes) -> tuple[bytes, str]:
@@ -101,6 +103,7 @@ class Scoring:
         matched = time.perf_counter()
         encoded = _ENCODER.encode({"answers": answers})
         stages = {"read": read - begun, "match": matched - read, "encode": time.perf_counter() - matched}
+        note_stages(begun, stages)
         return encoded, server_timing(stages)
 
     def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> list[msgspec.Raw]:

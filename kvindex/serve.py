@@ -23,6 +23,7 @@ from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
 from kvindex.tls import open_tls
 from kvindex.tokenizing import open_prompts
+from kvindex.tracing import open_tracing
 from scorer import PrefixScorer
 
 _BACKLOG = 2_048
@@ -59,6 +60,7 @@ def run_serve(config: Config) -> int:
         pool, config.snapshot, token=tokens[0] if tokens else "", certificate=tls.files if tls is not None else None
     )
     with contextlib.ExitStack() as running:
+        spans = open_tracing(config.tracing, running)
         if follows and config.index.url.startswith("memory:"):
             snapshots.load()
             running.callback(snapshots.close)  # after the pool: it has applied all that came by then
@@ -99,7 +101,7 @@ def run_serve(config: Config) -> int:
             checks=checks,
             snapshots=snapshots,
             answers=answers,
-            collectors=[access, gate],
+            collectors=[access, gate, *([spans] if spans is not None else [])],
         )
         rpc = serve_grpc(
             config.grpc,
@@ -110,6 +112,7 @@ def run_serve(config: Config) -> int:
             running,
             access=access,
             tls=tls,
+            spans=spans,
             grace_s=config.http.shutdown_timeout_s,
         )
         if rpc is not None:
@@ -117,8 +120,9 @@ def run_serve(config: Config) -> int:
         host, port = listener.getsockname()[:2]
         pods = len(follower.pods()) if follows else 0
         url = f"{'http' if tls is None else 'https'}://{host}:{port}"
+        inside = app if spans is None else spans.before(app)  # behind the gate: a stranger makes no spans
         settings = uvicorn.Config(
-            gate.before(app),
+            gate.before(inside),
             http=Reading,
             log_level="error",  # its warnings are about what clients send
             access_log=False,

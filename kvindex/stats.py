@@ -8,6 +8,7 @@ import msgspec
 
 from indexer import Index
 from kvevents import EventPool, discovery
+from kvindex.tracing import note
 
 _MOST_NAMES = 256
 
@@ -85,6 +86,7 @@ class Asked:
 
     def note(self, model: str, pods: Iterable[str] | None) -> None:
         """Remember what one question was for."""
+        note("kvindex.model", model)
         if model in self._models and all(map(self._pods.__contains__, pods or ())):
             return
         with self._lock:

@@ -634,7 +634,7 @@ def _base_port(count: int = 32) -> int:
 
 
 def check_data(language: str, text: str, folder: Path) -> None:
-    """See that a block is a configuration, a list of pods, manifests or a compose file that can be used."""
+    """See that a block is a configuration, a list of pods, manifests, a compose or collector file that can be used."""
     try:
         things = [tomllib.loads(text)] if language == "toml" else list(yaml.safe_load_all(text))
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
@@ -645,6 +645,8 @@ def check_data(language: str, text: str, folder: Path) -> None:
                 found_in(msgspec.convert(thing, list[PodEntry]))
             elif isinstance(thing, dict) and {"apiVersion", "kind"} <= thing.keys():
                 load(None, environment_of(thing))
+            elif isinstance(thing, dict) and {"receivers", "exporters"} <= thing.keys():
+                check_collector(thing)
             elif isinstance(thing, dict) and "services" in thing:
                 for service in thing["services"].values():
                     environ = service.get("environment") or {}
@@ -655,6 +657,18 @@ def check_data(language: str, text: str, folder: Path) -> None:
                 load(path, {})
         except Exception as error:
             raise Wrong(f"{error}\n{text}") from error
+
+
+def check_collector(thing: dict[str, Any]) -> None:
+    """See that an OpenTelemetry collector takes traces by OTLP over HTTP, and that its pipelines name what there is."""
+    for name, pipeline in thing["service"]["pipelines"].items():
+        for kind, used in pipeline.items():
+            if unknown := set(used) - thing[kind].keys():
+                raise Wrong(f"service.pipelines.{name}.{kind}: there is no {', '.join(unknown)}")
+    for receiver in thing["service"]["pipelines"]["traces"]["receivers"]:
+        if receiver.startswith("otlp") and "http" in thing["receivers"][receiver]["protocols"]:
+            return
+    raise Wrong("service.pipelines.traces: nobody takes OTLP over HTTP")
 
 
 def environment_of(manifest: Any) -> dict[str, str]:

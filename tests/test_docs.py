@@ -16,6 +16,11 @@ from .documents import commands_of, read_page, same_output, words_of
 from .reader import HAS_TOOLS, ROOT, Reader, World, Wrong, check_kvindex, not_run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COLLECTOR = """
+receivers: {otlp: {protocols: {http: {}}}}
+exporters: {debug: {}}
+service: {pipelines: {traces: {receivers: [otlp], exporters: [debug]}}}
+"""
 NEEDS_TOOLS = pytest.mark.skipif(not HAS_TOOLS and "CI" not in os.environ, reason="there is no bash, or no curl")
 
 
@@ -108,6 +113,8 @@ def test_every_page_can_be_found():
         ("```yaml\nhttp: {port: 70000}\n```", "http.port"),
         ("```yaml\napiVersion: v1\nkind: Pod\nspec: {env: [{name: KVINDEX_HTTP_PRT, value: '1'}]}\n```", "PRT"),
         ("```yaml\n- {pod: a}\n```", "endpoint"),
+        (f"```yaml\n{COLLECTOR.replace('[otlp]', '[oltp]')}\n```", "oltp"),
+        (f"```yaml\n{COLLECTOR.replace('http', 'grpc')}\n```", "OTLP over HTTP"),
         ("```json\n{,}\n```", "no JSON"),
         ('```json\n{"a": 1}\n{,}\n```', "no JSON"),
         ("```console\n$ kvindex score --no-such https://kvindex:8080 1\n```", "--no-such"),

@@ -12,9 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from indexer import open_index, redis_index
 from kvevents import EventPool, Message, trust
 from kvindex.access import Access
+from kvindex.config import TracingConfig
 from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.meanings import meaning_of
+from kvindex.spans import Spans
 from scorer import PrefixScorer, PrefixStore, Prompts
 
 from .conftest import MODEL, payload
@@ -56,19 +58,21 @@ def client():
         pool.submit(Message(b"kv@pod-b@m", 6, b"\xc1"))
         pool.drain()
         access = Access()
+        spans = Spans(TracingConfig(endpoint="http://127.0.0.1:1"))
         app = create_app(
             PrefixScorer(index, prompts=prompts),
             index,
             pool,
             max_tokens=100,
             max_body_bytes=4096,
-            collectors=[access, Gate(access, max_under_way=1, max_bytes_under_way=1)],
+            collectors=[access, Gate(access, max_under_way=1, max_bytes_under_way=1), spans],
         )
         with TestClient(app) as opened:
             ask(opened, "score")
             ask(opened, "routed", pod="pod-a")
             ask(opened, "observe", pod="pod-a", cached_tokens=32)
             yield opened
+        spans.close()
 
 
 @pytest.fixture(scope="module")

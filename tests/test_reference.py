@@ -20,6 +20,8 @@ remote_api_key = "sk-1"
 folders = ["/models"]
 [tokenizers.models."a/b"]
 content_format = "openai"
+[tracing.headers]
+x-scope = "sk-2"
 [[pods]]
 pod = "a"
 endpoint = "tcp://h:5557"
@@ -80,7 +82,7 @@ def test_the_example_is_the_default(tmp_path):
 
 def test_what_is_in_effect_can_be_read_again(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text(FILE.replace("someone:pass@word@", "").replace("sk-1", ""))
+    file.write_text(FILE.replace("someone:pass@word@", "").replace("sk-1", "").replace("sk-2", ""))
     again = tmp_path / "again.yaml"
     again.write_text(reference.effective(load(file, {"KVINDEX_HTTP_PORT": "9000"})))
     assert load(again, {}) == load(file, {"KVINDEX_HTTP_PORT": "9000"})
@@ -91,7 +93,7 @@ def test_secrets_are_not_shown(tmp_path):
     file.write_text(FILE)
     answer = run(file)
     assert answer.returncode == 0, answer.stderr
-    assert not re.search("pass|word|sk-1", answer.stdout), answer.stdout
+    assert not re.search("pass|word|sk-", answer.stdout), answer.stdout
     assert "redis://someone:***@redis:6379/0" in answer.stdout
 
 

@@ -14,6 +14,7 @@ from scorer import PrefixScorer
 
 if TYPE_CHECKING:
     from kvindex.rpc.server import RpcServer
+    from kvindex.spans import Spans
 
 
 def serve_grpc(
@@ -26,6 +27,7 @@ def serve_grpc(
     *,
     access: Access | None = None,
     tls: Tls | None = None,
+    spans: "Spans | None" = None,
     grace_s: float = 5.0,
 ) -> "RpcServer | None":
     """Serve gRPC until `running` ends; give the server, None where the configuration asks for none.
@@ -51,6 +53,7 @@ def serve_grpc(
         max_message_bytes=config.max_message_bytes,
         access=access,
         tls=tls,
+        spans=spans,
         grace_s=grace_s,
     )
     running.callback(server.close)

@@ -1,5 +1,6 @@
 """What the gRPC services answer: from messages to questions, and from answers to messages."""
 
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -8,6 +9,7 @@ from kvevents import discovery
 from kvindex.answers import AnswerMetrics
 from kvindex.rpc.schema import MessageType, Schema, parse
 from kvindex.stats import Asked
+from kvindex.tracing import note_stages
 from scorer import InvalidRequest, PodMatch, PrefixScorer, Timings, check_items, scores_of
 
 Call: TypeAlias = Callable[[bytes], Awaitable[bytes]]
@@ -43,6 +45,7 @@ class Calls:
 
     async def get_pod_scores(self, payload: bytes) -> bytes:
         """Answer llm-d's question. Pods are called in the answer what the question called them."""
+        begun = time.perf_counter()
         with self._metrics.question("grpc"):
             request = parse(self._scores.request, payload)
             model = request.model_name
@@ -55,11 +58,22 @@ class Calls:
             (prompt,) = await prompts.run(prompts.read, {"model": model, "prompt": request.prompt}, timings)
             self._metrics.tokenized(timings)
             _check(prompt.length, self._max_tokens, "prompt", "tokens")
+            made = time.perf_counter()
             matches = await self._metrics.to_thread(self._match, prompt, names if asked else None)
+            matched = time.perf_counter()
             answer = self._scores.response()
             for pod, worth in _as_asked(scores_of(matches), names).items():
                 answer.scores.add(pod=pod, score=worth)
-            return _bytes(answer)
+            encoded = _bytes(answer)
+        stages = {
+            "read": made - begun - timings.render - timings.tokenize,
+            "render": timings.render,
+            "tokenize": timings.tokenize,
+            "match": matched - made,
+            "encode": time.perf_counter() - matched,
+        }
+        note_stages(begun, stages)
+        return encoded
 
     def _match(self, prompt: Prompt, pods: Collection[str] | None) -> list[PodMatch]:
         matches = self._metrics.timed(self._scorer.match, prompt, pods=pods)
@@ -72,6 +86,7 @@ class Calls:
             return await self._metrics.to_thread(self._answer, payload)
 
     def _answer(self, payload: bytes) -> bytes:
+        begun = time.perf_counter()
         request = parse(self._score.request, payload)
         _require_name(request.model, "model")
         model, lora = self._scorer.prompts.identity(request.model, request.lora_name or None)
@@ -84,6 +99,7 @@ class Calls:
         check_items(items, length)
         names = self._followed.resolve(pods) if pods else None
         self._asked.note(model, names)
+        made = time.perf_counter()
         matches = self._metrics.timed(
             self._scorer.match,
             tokens,
@@ -93,6 +109,7 @@ class Calls:
             cache_salt=request.cache_salt or None,
             mm_items=items,
         )
+        matched = time.perf_counter()
         scores, size = scores_of(matches), self._scorer.block_size(model)
         self._metrics.found(matches, tokens=length, block_size=size)
         answer = self._score.response(
@@ -100,7 +117,9 @@ class Calls:
         )
         for match in matches:
             _add(answer.matches, match)
-        return _bytes(answer)
+        encoded = _bytes(answer)
+        note_stages(begun, {"read": made - begun, "match": matched - made, "encode": time.perf_counter() - matched})
+        return encoded
 
     def _names_of(self, asked: Iterable[str]) -> dict[str, list[str]]:
         """Give the names that pods are followed under, with those they were asked for by."""

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -18,8 +18,13 @@ from kvindex.errors import UserError
 from kvindex.rpc.access import Guard
 from kvindex.rpc.calls import Call, Calls
 from kvindex.rpc.schema import SCHEMA, Schema
+from kvindex.rpc.spans import Traced
 from kvindex.tls import Tls
+from kvindex.tracing import note_error
 from scorer import NoTokenizer, ScorerError, Unavailable
+
+if TYPE_CHECKING:
+    from kvindex.spans import Spans
 
 _MOST_CALLS = 1_024
 """Calls under way at once; one more is RESOURCE_EXHAUSTED."""
@@ -58,9 +63,11 @@ class RpcServer:
         max_message_bytes: int,
         access: Access | None = None,
         tls: Tls | None = None,
+        spans: "Spans | None" = None,
         grace_s: float = 5.0,
     ) -> None:
         self._access = access
+        self._spans = spans
         self._tls = tls
         self._grace_s = grace_s
         self._calls = calls
@@ -144,10 +151,11 @@ class RpcServer:
             ("grpc.max_receive_message_length", self._max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ]
+        interceptors: list[Any] = [] if self._access is None else [Guard(self._access)]
+        if self._spans is not None:
+            interceptors.append(Traced(self._spans, self._schema))
         server = grpc.aio.server(
-            options=[*_OPTIONS, *limits],
-            maximum_concurrent_rpcs=_MOST_CALLS,
-            interceptors=[Guard(self._access)] if self._access is not None else [],
+            options=[*_OPTIONS, *limits], maximum_concurrent_rpcs=_MOST_CALLS, interceptors=interceptors
         )
         everything, *names = self._names()
         for name in names:
@@ -195,15 +203,21 @@ def _handler(call: Call) -> Any:  # noqa: ANN401
     async def handle(payload: bytes, context: Any) -> Any:  # noqa: ANN401
         try:
             return await call(payload)
-        except NoTokenizer as error:
-            code, said = grpc.StatusCode.FAILED_PRECONDITION, str(error)
-        except (IndexUnavailable, Unavailable) as error:
-            code, said = grpc.StatusCode.UNAVAILABLE, str(error)
-        except ScorerError as error:
-            code, said = grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except Exception as error:  # noqa: BLE001  (whatever goes wrong with one call, the others are answered)
-            structlog.get_logger("kvindex").error("grpc_call_failed", error=repr(error))
-            code, said = grpc.StatusCode.INTERNAL, "the service failed; its log says why"
+            note_error(error)
+            code, said = _refusal_of(error)
         return await context.abort(code, said.encode()[:_MESSAGE_BYTES].decode(errors="ignore"))
 
     return handle
+
+
+def _refusal_of(error: Exception) -> tuple[Any, str]:
+    """Give the status, and what is said."""
+    if isinstance(error, NoTokenizer):
+        return grpc.StatusCode.FAILED_PRECONDITION, str(error)
+    if isinstance(error, IndexUnavailable | Unavailable):
+        return grpc.StatusCode.UNAVAILABLE, str(error)
+    if isinstance(error, ScorerError):
+        return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+    structlog.get_logger("kvindex").error("grpc_call_failed", error=repr(error))
+    return grpc.StatusCode.INTERNAL, "the service failed; its log says why"
