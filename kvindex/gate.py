@@ -78,7 +78,7 @@ class Gate(Collector):
                 async def counted() -> ReceiveMessage:
                     nonlocal taken
                     message = await receive()
-                    size = len(message.get("body", b""))
+                    size = len(message["body"]) if message["type"] == "http.request" else 0
                     taken += size
                     self._bytes += size
                     if self._bytes > self._max_bytes:
