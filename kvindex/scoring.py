@@ -99,24 +99,27 @@ class Scoring:
         with self._answers.failures("http"):
             questions = await asyncio.to_thread(read_batch, body, max_tokens=self._max_tokens)
             read = time.perf_counter()
-            answers = await asyncio.to_thread(self._answer_all, questions)
+            answers, seconds = await asyncio.to_thread(self._answer_all, questions)
+        for each in seconds:
+            self._answers.answered("http", each)
         matched = time.perf_counter()
         encoded = _ENCODER.encode({"answers": answers})
         stages = {"read": read - begun, "match": matched - read, "encode": time.perf_counter() - matched}
         note_stages(begun, stages)
         return encoded, server_timing(stages)
 
-    def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> list[msgspec.Raw]:
+    def _answer_all(self, questions: list[ScoreTokens | ScoreText]) -> tuple[list[msgspec.Raw], list[float]]:
+        """Give the answers as JSON, and how long each took."""
         each = self._prompts_of_all(questions)
-        answers = []
+        answers, seconds = [], []
         for question, prompts in zip(questions, each, strict=True):
             begun = time.perf_counter()
             timings = Timings() if question.timings else None
             pods = self._pods_of(question)
             # one by one: nothing else gets on while all of them together are encoded
             answers.append(msgspec.Raw(_ENCODER.encode(self._answer(prompts, pods, timings))))
-            self._answers.answered("http", time.perf_counter() - begun)
-        return answers
+            seconds.append(time.perf_counter() - begun)
+        return answers, seconds
 
     def _prompts_of_all(self, questions: list[ScoreTokens | ScoreText]) -> list[list[Prompt]]:
         asked: list[Prompt | Body] = []

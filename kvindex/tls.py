@@ -22,6 +22,9 @@ class Tls(NamedTuple):
     files: tuple[str, str]
     """Certificate and key, to show them as a client."""
 
+    def __repr__(self) -> str:  # a key must not get into a log
+        return f"Tls({self.files[0]!r})"
+
 
 def open_tls(config: TlsConfig) -> Tls | None:
     """Read certificate and key; give None where none are named.

@@ -337,6 +337,8 @@ def test_tls_serves_http_and_grpc(sealed, certificates):
 def test_tls_is_1_2_or_newer(certificates):
     found = open_tls(TlsConfig(cert=str(certificates.cert), key=str(certificates.key)))
     assert found.context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert b"PRIVATE KEY" in found.key
+    assert "PRIVATE KEY" not in repr(found)
 
 
 def test_clients_must_show_a_certificate_where_an_authority_is_named(certificates, tmp_path):

@@ -253,6 +253,7 @@ def test_a_batch_is_answered_whole_or_not_at_all(client, batch, says):
     assert says in response.json()["detail"]
     text = client.get("/metrics").text
     assert 'kvindex_questions_total{by="http",outcome="refused"} 1.0' in text
+    assert "kvcache_index_lookup_requests_total 0.0" in text
 
 
 def test_an_answer_says_what_took_how_long(client):
