@@ -203,6 +203,9 @@ def test_its_stages_are_those_of_the_answer_one_after_the_other(asked):
         took = child.span.end_time_unix_nano - child.span.start_time_unix_nano
         assert took / 1e6 == pytest.approx(float(milliseconds), abs=0.002)
         assert child.span.trace_id.hex() == TRACE
+        # it lies in its question, but for what is between two looks at two clocks
+        assert span.span.start_time_unix_nano - 1_000_000 < child.span.start_time_unix_nano
+        assert child.span.end_time_unix_nano < span.span.end_time_unix_nano + 1_000_000
     for one, after in zip(span.children, span.children[1:], strict=False):
         assert abs(after.span.start_time_unix_nano - one.span.end_time_unix_nano) < 1_000
 
@@ -244,7 +247,8 @@ def test_what_is_no_question_is_not_traced(asked):
     for path in ("/healthz", "/v1/pods", "/metrics", "/v1/score"):
         httpx.get(asked.served.url + path, headers=headers)
     assert call(asked.served, f"{HEALTH}Check", b"", (("traceparent", SAMPLED),)) == grpc.StatusCode.OK
-    asked.post("score")  # it waited behind them
+    _, span = asked.post("score")  # it waited behind them
+    assert span.name == "POST /v1/score"
     assert len(asked.collector.roots()) == before + 1
 
 
