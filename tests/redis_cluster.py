@@ -153,6 +153,21 @@ class RedisCluster:
         self._wait(f"{heir} to take over", missing)
         return heir
 
+    def replicate(self) -> None:
+        """Wait until every replica has what its master has now: what it has not is lost when the master dies."""
+        behind = [
+            (master, self._clients[master].info("replication")["master_repl_offset"]) for master in self.masters()
+        ]
+
+        def missing() -> str:
+            for master, offset in behind:
+                replica = self.replica_of(master)
+                if self._clients[replica].info("replication")["slave_repl_offset"] < offset:
+                    return f"{replica} has less than {master}"
+            return ""
+
+        self._wait("replicas", missing)
+
     def heal(self) -> None:
         """Start what was killed, and make those masters who were at first."""
         for port in self.ports:

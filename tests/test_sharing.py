@@ -258,7 +258,7 @@ def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_th
         server.freeze()
         said = until(lambda: answer(ports[0]))
         server.thaw()
-        assert (said.status_code, said.json()["title"]) == (503, "Index unavailable")
+        assert (said.status_code, said.json()["title"]) == (503, "Service Unavailable")
         until(lambda: len(pods_at(ports[0])) == 4)
 
 
