@@ -1,11 +1,10 @@
-"""The pool: sockets in, a shard for each publisher, index out."""
+"""The pool: sockets in, a worker for each publisher, index out."""
 
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +21,7 @@ from kvevents.queue import ShardQueue
 from kvevents.shard import Shard
 from kvevents.subscriber import Receiver, Subscription
 from kvevents.trust import NO_EVENTS_YET
+from kvevents.worker import Worker
 
 POD_TIMEOUT_S = 60.0
 SILENT_TIMEOUT_S = 3_600.0
@@ -85,25 +85,31 @@ class EventPool:
         self._index = index
         self._copies: Copies = copies
         self._log = structlog.get_logger("kvevents")
-        self._queues = [ShardQueue(queue_messages // workers, queue_bytes // workers) for _ in range(workers)]
-        self._shards = [
-            Shard(index, model=model, copies=copies, log=self._log, on_gap=on_gap, ask=self._ask)
-            for _ in range(workers)
+        self._workers = [
+            Worker(
+                f"kvevents-worker-{number}",
+                ShardQueue(queue_messages // workers, queue_bytes // workers),
+                Shard(index, model=model, copies=copies, log=self._log, on_gap=on_gap, ask=self._ask),
+                follows=self._follows,
+                on_tick=self._judge_reach,
+                upkeep=None if number else index.expire,
+                tick_s=_EXPIRE_EVERY_S,
+                log=self._log,
+            )
+            for number in range(workers)
         ]
-        self._locks = [threading.Lock() for _ in range(workers)]
-        self._threads: list[threading.Thread] = []
+        self._started = False
         self._receiver: Receiver | None = None
         self._subscribed: dict[str, set[str]] = {}
         self._submitted = 0
-        self._errors = 0
         self._lock = threading.Lock()
         self._closed = False
         self._pause = threading.Event()
         """Never set: to wait a moment."""
 
     def __repr__(self) -> str:
-        waiting = sum(queue.messages for queue in self._queues)
-        return f"EventPool({len(self._queues)} workers, {len(self._subscribed)} pods, {waiting} messages waiting)"
+        waiting = sum(worker.queue.messages for worker in self._workers)
+        return f"EventPool({len(self._workers)} workers, {len(self._subscribed)} pods, {waiting} messages waiting)"
 
     def __enter__(self) -> Self:
         self.start()
@@ -119,14 +125,11 @@ class EventPool:
         with self._lock:
             if self._closed:
                 raise PoolClosed("the pool was closed; make a new one")
-            if self._threads:
+            if self._started:
                 return
-            self._threads = [
-                threading.Thread(target=self._work, args=(number,), name=f"kvevents-worker-{number}", daemon=True)
-                for number in range(len(self._queues))
-            ]
-        for thread in self._threads:
-            thread.start()
+            self._started = True
+        for worker in self._workers:
+            worker.start()
 
     def close(self) -> None:
         """Stop receiving, apply what was received, end all threads. May be called twice."""
@@ -137,10 +140,10 @@ class EventPool:
             receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.close()
-        for queue in self._queues:
-            queue.close()
-        for thread in self._threads:
-            thread.join()
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
 
     def subscribe(
         self,
@@ -173,9 +176,9 @@ class EventPool:
                 raise SubscriptionError(f"endpoint {endpoint!r} is subscribed for pod {pod!r} already")
             first = not endpoints
             endpoints.add(endpoint)
-        number = self._shard(pod)
-        with self._locks[number]:
-            self._shards[number].follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
+        worker = self._worker(pod)
+        with worker.lock:
+            worker.shard.follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
         try:
             self._open().add(
                 Subscription(endpoint, pod=pod, model=model, topic=topic, copies=copies or "", replay=replay)
@@ -213,17 +216,17 @@ class EventPool:
             receiver = self._receiver
         if known is not None and receiver is not None:
             receiver.remove(pod)
-        number = self._shard(pod)
-        self._queues[number].discard(pod)
-        with self._locks[number]:
-            self._shards[number].forget(pod, keep=keep)
+        worker = self._worker(pod)
+        worker.queue.discard(pod)
+        with worker.lock:
+            worker.shard.forget(pod, keep=keep)
 
     def recount(self, source: Source, keys: Collection[int]) -> bool:
         """Count one copy of each of these blocks of a source, between its events, see `Index.recount`.
 
         Says no where the index cannot do it, or somebody else follows the source.
         """
-        with self._locks[self._shard(source.pod)]:
+        with self._worker(source.pod).lock:
             try:
                 return self._index.recount(source, keys)
             except InvalidQuestion:
@@ -247,9 +250,9 @@ class EventPool:
         for source in index.followed():
             by_pod.setdefault(source.pod, []).append(source)
         for pod, sources in by_pod.items():
-            number = self._shard(pod)
-            with self._locks[number]:
-                part = _part_of(pod, sources, self._shards[number], index, models)
+            worker = self._worker(pod)
+            with worker.lock:
+                part = position.part_of(worker.shard.positions(pod, models), sources, index)
             yield part
 
     def load(self, parts: Iterable[snapshots.Part]) -> int:
@@ -264,15 +267,15 @@ class EventPool:
         index = self._index
         if not isinstance(index, snapshots.SnapshotIndex):
             raise InvalidQuestion(f"{index!r} is kept elsewhere: a snapshot cannot be loaded into it")
-        if self._threads or index.followed():
+        if self._started or index.followed():
             raise InvalidQuestion("a snapshot is loaded before anything is followed, and before the pool starts")
         try:
             for part in parts:
-                known = _load_part(part, index)
-                self._shards[self._shard(known.pod)].restore(known)
+                known = position.load_part(part, index)
+                self._worker(known.pod).shard.restore(known)
         except BaseException:
             for pod in {source.pod for source in index.followed()}:
-                self._shards[self._shard(pod)].forget(pod, keep=False)
+                self._worker(pod).shard.forget(pod, keep=False)
             raise
         index.settle()
         return len(index.followed())
@@ -282,7 +285,7 @@ class EventPool:
 
         Raises `PoolClosed` when the pool does not run.
         """
-        if self._closed or not self._threads:
+        if self._closed or not self._started:
             raise PoolClosed("the pool does not run; use it as a context manager or call start()")
         with self._lock:
             self._submitted += 1
@@ -297,11 +300,12 @@ class EventPool:
         while True:
             if self._receiver is not None:
                 self._receiver.settle()
-            marks = [queue.mark() for queue in self._queues]
-            for queue, mark in zip(self._queues, marks, strict=True):
+            queues = [worker.queue for worker in self._workers]
+            marks = [queue.mark() for queue in queues]
+            for queue, mark in zip(queues, marks, strict=True):
                 if not queue.join(mark, max(0.0, deadline - time.monotonic())):
                     raise TimeoutError(f"{queue.messages} messages still wait after {timeout} s")
-            if not any(shard.is_recovering for shard in self._shards):
+            if not any(shard.is_recovering for shard in self._shards()):
                 return
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"messages that were asked for again have not come after {timeout} s")
@@ -309,27 +313,23 @@ class EventPool:
 
     def stats(self) -> dict[str, int]:
         """Give all counters and gauges of the pool. Names that end in ``_total`` are counters."""
-        totals: Counter[str] = Counter(received_total=self._submitted, worker_errors_total=self._errors)
-        for counters in [shard.applier.counters for shard in self._shards]:
-            totals.update(dict(counters))
+        totals: Counter[str] = Counter(received_total=self._submitted)
+        for worker in self._workers:
+            totals.update(worker.stats())
         if self._receiver is not None:
             totals.update(dict(self._receiver.counters))
             totals.update(self._receiver.replay_counters())
-        totals["dropped_held_total"] = sum(shard.dropped_held for shard in self._shards)
-        totals["dropped_queue_full_total"] = sum(queue.dropped for queue in self._queues)
-        totals["queue_depth"] = sum(queue.messages for queue in self._queues)
-        totals["queue_bytes"] = sum(queue.bytes for queue in self._queues)
         for name in _ALWAYS:
             totals[name] += 0
         return dict(totals)
 
     def sequences(self) -> dict[Source, int]:
         """Give the sequence number applied last, for each source."""
-        return {source: seq for shard in self._shards for source, seq in list(shard.applier.sequences.items())}
+        return {source: seq for shard in self._shards() for source, seq in list(shard.applier.sequences.items())}
 
     def heard(self) -> dict[Source, LastHeard]:
         """Say for each source when it was heard last, and how often."""
-        return {source: last for shard in self._shards for source, last in shard.applier.heard().items()}
+        return {source: last for shard in self._shards() for source, last in shard.applier.heard().items()}
 
     def connected(self) -> dict[str, bool]:
         """Say for each subscribed pod whether its publishers are connected."""
@@ -344,7 +344,7 @@ class EventPool:
 
         One that cannot be reached for `pod_timeout_s` is not awaited any longer.
         """
-        pods = {pod: "replay" for shard in self._shards for pod in shard.catching_up()}
+        pods = {pod: "replay" for shard in self._shards() for pod in shard.catching_up()}
         for publisher, seconds in ({} if self._receiver is None else self._receiver.unreachable()).items():
             if seconds < self._pod_timeout_s:
                 pods[publisher.pod] = "connection"
@@ -360,31 +360,34 @@ class EventPool:
                 self._receiver = Receiver(lambda message: self._put(message, wait=False), self._has_room, self._log)
             return self._receiver
 
-    def _shard(self, pod: str) -> int:
-        return zlib.crc32(pod.encode()) % len(self._queues)
+    def _worker(self, pod: str) -> Worker:
+        return self._workers[zlib.crc32(pod.encode()) % len(self._workers)]
+
+    def _shards(self) -> list[Shard]:
+        return [worker.shard for worker in self._workers]
 
     def _has_room(self, pod: str) -> bool:
-        return self._queues[self._shard(pod)].has_room
+        return self._worker(pod).queue.has_room
 
     def _ask(self, publisher: Publisher, replay: int, start: int) -> None:
         receiver = self._receiver
         if receiver is not None:
             receiver.replay(publisher, replay, start)
 
-    def _judge_reach(self, number: int) -> None:
-        """Tell a shard which of its publishers cannot be reached, and for how many times as long as they may."""
-        receiver, shard = self._receiver, self._shards[number]
+    def _judge_reach(self, worker: Worker) -> None:
+        """Tell a worker which of its publishers cannot be reached, and for how many times as long as they may."""
+        receiver, shard = self._receiver, worker.shard
         bound = set() if receiver is None else receiver.bound()
         unreachable = {p: seconds / self._silent_timeout_s for p, seconds in shard.applier.silences(bound).items()}
         left = shard.not_followed(bound)
         for publisher, seconds in {**left, **({} if receiver is None else receiver.unreachable())}.items():
-            if self._shard(publisher.pod) == number:
+            if self._worker(publisher.pod) is worker:
                 unreachable[publisher] = seconds / self._pod_timeout_s
         shard.hear_unreachable(unreachable, bound | {publisher.endpoint for publisher in left})
 
     def _put(self, message: Message, *, wait: bool) -> None:
         pod = message.pod or parse_topic(message.topic).pod
-        self._queues[self._shard(pod)].put(Publisher(pod, message.endpoint), message, wait=wait)
+        self._worker(pod).queue.put(Publisher(pod, message.endpoint), message, wait=wait)
 
     def _follows(self, message: Message) -> bool:
         """Say no for what was on its way when its pod was unsubscribed: it must not bring the pod back.
@@ -392,53 +395,3 @@ class EventPool:
         The answer is the same for all messages of a publisher.
         """
         return message.pod is None or not message.endpoint or message.endpoint in self._subscribed.get(message.pod, ())
-
-    def _work(self, number: int) -> None:
-        queue, shard, lock = self._queues[number], self._shards[number], self._locks[number]
-        tick_at = expire_at = time.monotonic() + _EXPIRE_EVERY_S
-        while True:
-            taken = queue.take(_EXPIRE_EVERY_S)
-            if taken is None and queue.closed:
-                return
-            if taken is not None:
-                publisher, messages = taken
-                first = messages[0]
-                try:
-                    with lock:
-                        if self._follows(first):
-                            shard.apply(publisher, messages)
-                except BaseException as error:  # noqa: BLE001  (a worker serves many pods: not even a panic of the core may end it)
-                    self._errors += 1
-                    self._log.error("apply_error", topic=first.topic[:80], first_seq=first.seq, error=repr(error))
-                    shard.distrust(publisher.pod)
-                queue.done()
-            if time.monotonic() >= tick_at:
-                try:
-                    with lock:
-                        shard.tick()
-                        self._judge_reach(number)
-                except Exception as error:  # noqa: BLE001  (as above)
-                    self._errors += 1
-                    self._log.error("tick_error", error=repr(error))
-                tick_at = time.monotonic() + _EXPIRE_EVERY_S
-            if number == 0 and time.monotonic() >= expire_at:
-                self._index.expire()
-                expire_at = time.monotonic() + _EXPIRE_EVERY_S
-
-
-def _part_of(
-    pod: str, sources: list[Source], shard: Shard, index: snapshots.SnapshotIndex, models: Mapping[Source, str]
-) -> snapshots.Part:
-    sections = []
-    for source in sources:
-        with suppress(InvalidQuestion):  # it was forgotten meanwhile
-            sections.append(index.dump(source))
-    return snapshots.Part(position.encode(shard.positions(pod, models)), sections)
-
-
-def _load_part(part: snapshots.Part, index: snapshots.SnapshotIndex) -> position.PodPosition:
-    known = position.decode(part.note)
-    for section in part.sources:
-        if (pod := index.load(section).pod) != known.pod:
-            raise snapshots.SnapshotError(f"a source of pod {pod!r} is among those of {known.pod!r}")
-    return known

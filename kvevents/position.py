@@ -1,8 +1,11 @@
 """How far the publishers of a pod were followed: what a snapshot keeps beside the blocks, so that nothing is missed."""
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 import msgspec
 
-from indexer import snapshots
+from indexer import InvalidQuestion, Source, snapshots
 from kvevents.recovery import Position
 
 
@@ -51,3 +54,21 @@ def decode(note: bytes) -> PodPosition:
         return msgspec.msgpack.decode(note, type=PodPosition)
     except msgspec.DecodeError as error:
         raise snapshots.SnapshotError(f"the positions of a pod cannot be read: {error}") from error
+
+
+def part_of(pod: PodPosition, sources: Iterable[Source], index: snapshots.SnapshotIndex) -> snapshots.Part:
+    """Make the part of a snapshot that is about a pod, of those of its sources that are not forgotten meanwhile."""
+    sections = []
+    for source in sources:
+        with suppress(InvalidQuestion):
+            sections.append(index.dump(source))
+    return snapshots.Part(encode(pod), sections)
+
+
+def load_part(part: snapshots.Part, index: snapshots.SnapshotIndex) -> PodPosition:
+    """Load the sources of a part; give how far its pod was followed. Raises `SnapshotError` for what is none."""
+    known = decode(part.note)
+    for section in part.sources:
+        if (pod := index.load(section).pod) != known.pod:
+            raise snapshots.SnapshotError(f"a source of pod {pod!r} is among those of {known.pod!r}")
+    return known

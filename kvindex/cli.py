@@ -82,7 +82,7 @@ def fleet(
 ) -> None:
     """Run simulated pods that publish real events."""
     from kvevents.testing import DIALECTS
-    from kvindex.fleet import run_fleet
+    from kvindex.traffic import run_fleet
 
     chosen = tuple(name for name in DIALECTS if name in dialect)
     unknown = sorted(set(dialect) - set(DIALECTS))

@@ -14,8 +14,8 @@ from kvevents import DecodeError, Message, decode_batch, parse_topic
 from kvevents.testing import Publisher
 from kvindex.captures import Capture, Line
 from kvindex.errors import UserError
-from kvindex.fleet import wait_for_subscribers
 from kvindex.signals import stopped_by_signals
+from kvindex.traffic import wait_for_subscribers
 
 _PAUSE = threading.Event()
 """Never set: to wait a moment."""

@@ -18,9 +18,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from kvindex.access import Access, read_tokens
 from kvindex.client import open_client
+from kvindex.comparing import Checker
 from kvindex.config import AccessConfig, TlsConfig
 from kvindex.errors import UserError
-from kvindex.fleet import Checker, Fleet
+from kvindex.fleet import Fleet
 from kvindex.gate import Gate
 from kvindex.tls import open_tls
 

@@ -7,7 +7,8 @@ import pytest
 
 from kvindex.demo import run_demo
 from kvindex.engine import Cleared, OutOfBlocksError, Removed, SimulatedEngine, Stored
-from kvindex.fleet import Fleet, run_fleet
+from kvindex.fleet import Fleet
+from kvindex.traffic import run_fleet
 from kvindex.workload import Workload
 
 SIZE = 4

@@ -14,7 +14,8 @@ import pytest
 
 from indexer import snapshots
 from kvevents.testing import Publisher
-from kvindex.fleet import Checker, Fleet
+from kvindex.comparing import Checker
+from kvindex.fleet import Fleet
 from kvindex.workload import Workload
 
 from .conftest import MODEL
