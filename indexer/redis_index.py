@@ -286,7 +286,7 @@ class RedisIndex(TrackingIndex):
     def _keep_within_bounds(self) -> None:
         if self._writer.due_bytes > self._buffer_bytes:
             self._writer.drop()
-            self._ownership.call_stale()
+            self._ownership.call_all_stale()
 
     def sweep(self, budget: int = 16) -> int:
         """Take blocks that nobody sees any more out of Redis, see `Sweeper.sweep`. Raises `IndexUnavailable`."""

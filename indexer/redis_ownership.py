@@ -76,12 +76,12 @@ class Ownership:
         """Redis is not what it was when we wrote some models last: it began empty, or an older copy took over."""
         self._log.warning("redis_lost_writes", index=self._store.shown, models=len(tags))
         self._writer.drop(tags)
-        self.call_stale(tags)
+        self.call_all_stale(tags)
         for tag in tags:
             self._numbers.doubt(self._layout.tagged(tag))
 
-    def call_stale(self, tags: Collection[bytes] | None = None) -> None:
-        """Have all sources of some models written anew, or all that there are."""
+    def call_all_stale(self, tags: Collection[bytes] | None = None) -> None:
+        """Have all sources that are ours written anew, or all of some models."""
         for tracked in self._standing.followed:
             if tracked.source not in self._standing.lost and (
                 tags is None or self._layout.of(tracked.model).tag in tags
