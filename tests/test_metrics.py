@@ -9,7 +9,7 @@ import pytest
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from indexer import open_index, redis_index
+from indexer import open_index, redis_standing
 from kvevents import EventPool, Message, trust
 from kvindex.access import Access
 from kvindex.config import TracingConfig
@@ -259,7 +259,7 @@ def test_every_metric_the_operators_wait_for_is_there(exposed):
 
 
 def test_every_reason_has_its_row():
-    sources = [trust.__file__, redis_index.__file__, ROOT / "indexer/ledger.py", ROOT / "scorer/observing.py"]
+    sources = [trust.__file__, redis_standing.__file__, ROOT / "indexer/ledger.py", ROOT / "scorer/observing.py"]
     texts = [text for source in sources for text in re.findall(r'"((?:[a-z]+ ?){1,3}): ', Path(source).read_text())]
     reasons = {text for text in texts if text} | {"unreachable", "over max_bytes"}
     rows = set(re.findall(r"^\| `([a-z_ ]+)` \|", OPERATIONS, re.MULTILINE))

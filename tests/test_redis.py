@@ -899,7 +899,7 @@ def test_numbers_that_nobody_came_to_use_are_found(url, monkeypatch):
     index = begun(url, [POD])
     index.apply(POD, [stored([1], range(4))])
     killed = begun(url, [Source("b")])
-    monkeypatch.setattr(killed, "_publish_due", lambda: None)
+    monkeypatch.setattr(killed._directory, "publish_due", lambda: None)
     killed.apply(Source("b"), [stored([1, 2], [8] * 8)])
     assert blocks_in(index) == 3
     monkeypatch.setattr(redis_sweep, "_ORPHAN_S", 0.0)
