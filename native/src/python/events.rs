@@ -102,7 +102,7 @@ impl Bytes {
         payloads.try_iter()?.map(|payload| Self::of(&payload?)).collect()
     }
 
-    fn of(payload: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub fn of(payload: &Bound<'_, PyAny>) -> PyResult<Self> {
         if let Ok(bytes) = payload.cast::<PyBytes>() {
             // SAFETY: bytes objects never change, and the reference beside the slice keeps this one alive.
             let slice = unsafe { std::mem::transmute::<&[u8], &'static [u8]>(bytes.as_bytes()) };
@@ -110,7 +110,7 @@ impl Bytes {
         }
         let buffer = PyBuffer::get(payload)?;
         if !buffer.is_c_contiguous() {
-            return Err(pyo3::exceptions::PyBufferError::new_err("payload: expected contiguous bytes"));
+            return Err(pyo3::exceptions::PyBufferError::new_err("expected contiguous bytes"));
         }
         Ok(Self::Buffer(buffer))
     }

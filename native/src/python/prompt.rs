@@ -10,7 +10,7 @@ use pyo3::types::{PyBytes, PyList, PyTuple, PyType};
 use crate::json;
 use crate::keys::ImageItem;
 use crate::prompt::PromptKeys;
-use crate::python::events::lora_of;
+use crate::python::events::{Bytes, lora_of};
 
 /// The tokens of one prompt with all that decides which cached blocks fit it.
 #[pyclass(frozen, module = "indexer._native")]
@@ -212,12 +212,9 @@ pub fn block_keys<'py>(prompt: &Bound<'py, Prompt>, block_size: u32) -> PyResult
 
 /// Reads a JSON array of token ids into little-endian uint32; none for what only a whole JSON reader can judge.
 #[pyfunction]
-pub fn token_ids_of_json<'py>(py: Python<'py>, text: PyBuffer<u8>) -> PyResult<Option<Bound<'py, PyBytes>>> {
-    let Some(cells) = text.as_slice(py) else { return Ok(None) };
-    // SAFETY: a cell of bytes is laid out as the bytes, which nobody changes while we hold the interpreter.
-    let text = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<u8>(), cells.len()) };
-    let Some(ids) = json::token_ids(text) else { return Ok(None) };
-    let bytes = PyBytes::new_with(py, 4 * ids.len(), |out| {
+pub fn token_ids_of_json<'py>(text: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    let Some(ids) = json::token_ids(Bytes::of(text)?.as_slice()) else { return Ok(None) };
+    let bytes = PyBytes::new_with(text.py(), 4 * ids.len(), |out| {
         for (place, id) in out.chunks_exact_mut(4).zip(&ids) {
             place.copy_from_slice(&id.to_le_bytes());
         }
