@@ -61,9 +61,11 @@ def test_what_was_said_meanwhile_is_asked_for_and_no_more(url, path):
     assert status(index).blocks == 20
     assert status(index).degraded.startswith("behind: loaded")
     assert pool.sequences() == {Source(POD): 19}
+    engine.publisher.answer_delay_s = 1.0  # else it is over before anybody looks
     with pool:
         engine.follow(pool)
         assert pool.awaited()[POD] in ("connection", "replay")
+        engine.publisher.answer_delay_s = 0.0
         until(lambda: is_exact(index, engine))
         until(lambda: not pool.awaited())
         assert pool.stats()["recovered_total"] == 2
