@@ -105,9 +105,12 @@ def test_without_replay_nobody_knows_what_was_said_while_the_connection_was_lost
         until(lambda: is_exact(index, engine))
         live.cut()
         until(lambda: reason(index).startswith("unsure"))
-        engine.publisher.wait_for_subscribers()
-        engine.store()
-        until(lambda: status(index).blocks == 2)
+
+        def is_heard():
+            engine.store()  # the first may still go to the connection that was cut, as its proxy ends that later
+            return status(index).blocks > 1
+
+        until(is_heard)
         assert reason(index).startswith("unsure")
         engine.clear()
         until(lambda: is_exact(index, engine))
