@@ -89,9 +89,9 @@ class Worker:
                     with self.lock:
                         self.shard.tick()
                         self._on_tick(self)
+                    if self._upkeep is not None:
+                        self._upkeep()
                 except Exception as error:  # noqa: BLE001  (as above)
                     self._errors += 1
                     self._log.error("tick_error", error=repr(error))
                 tick_at = time.monotonic() + self._tick_s
-                if self._upkeep is not None:
-                    self._upkeep()

@@ -26,6 +26,17 @@ _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5
 _TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
 
 
+def stages_of(begun: float, made: float, matched: float, timings: Timings) -> dict[str, float]:
+    """Give the seconds of each stage of an answer that is ready now: its prompts were `made` and `matched` by then."""
+    return {
+        "read": made - begun - timings.render - timings.tokenize,
+        "render": timings.render,
+        "tokenize": timings.tokenize,
+        "match": matched - made,
+        "encode": time.perf_counter() - matched,
+    }
+
+
 class _Times:
     """A histogram of seconds. The caller has a lock: one for all that an answer counts is several times cheaper than
     the package's own, which has one for each bucket.

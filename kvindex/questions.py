@@ -166,7 +166,7 @@ def read_batch(body: bytes, *, max_tokens: int) -> list[ScoreTokens | ScoreText]
     """Read the questions of a batch. Raises `InvalidRequest`, which names question and field."""
     try:
         if len(body) > 2 * MOST_VALUES:
-            check_most(body, b"[{")
+            _check_most(body, b"[{")
             _OBJECTS.decode(body)
         batch = _BATCH.decode(body)
     except msgspec.ValidationError as error:
@@ -248,10 +248,10 @@ def _check_values(body: bytes | msgspec.Raw, max_tokens: int) -> None:
             commas = row.count(b",")
             check_length(field, commas + 1, max_tokens)
             rows += commas
-    check_most(bytes(body), b",[{", but=rows)
+    _check_most(bytes(body), b",[{", but=rows)
 
 
-def check_most(text: bytes, signs: bytes, *, but: int = 0) -> None:
+def _check_most(text: bytes, signs: bytes, *, but: int = 0) -> None:
     """Raise `InvalidRequest` where JSON has more of some signs outside of its strings than bodies may have values."""
     most = MOST_VALUES + but
     found = sum(text.count(sign) for sign in signs)

@@ -11,7 +11,7 @@ from litestar.status_codes import HTTP_200_OK
 
 from indexer import Prompt
 from kvevents import discovery
-from kvindex.answers import AnswerMetrics
+from kvindex.answers import AnswerMetrics, stages_of
 from kvindex.checks import Checks
 from kvindex.questions import (
     SCORE,
@@ -83,13 +83,7 @@ class Scoring:
         self._answers.tokenized(timings)
         matched = time.perf_counter()
         encoded = _ENCODER.encode(answer)
-        stages = {
-            "read": made - begun - timings.render - timings.tokenize,
-            "render": timings.render,
-            "tokenize": timings.tokenize,
-            "match": matched - made,
-            "encode": time.perf_counter() - matched,
-        }
+        stages = stages_of(begun, made, matched, timings)
         note_stages(begun, stages)
         return encoded, server_timing(stages)
 

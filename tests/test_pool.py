@@ -8,14 +8,15 @@ import msgspec
 import pytest
 import zmq
 
-from indexer import Prompt, Source
+from indexer import Prompt, Source, open_index
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
+from kvevents import pool as pool_module
 from kvevents.message import Note, Publisher
 from kvevents.queue import ShardQueue
 from kvevents.trust import FAILED
 from scorer import PrefixScorer
 
-from .conftest import blocks_in, payload
+from .conftest import blocks_in, payload, until
 
 TOPIC = b"kv@pod-a@m"
 STORED = ["BlockStored", [1], None, [1, 2, 3, 4], 4, None]
@@ -368,3 +369,14 @@ def test_as_many_pods_are_followed_as_the_files_allow(index, monkeypatch):
 
 def no_more(*_):
     raise zmq.ZMQError(errno.EMFILE)
+
+
+def test_an_index_that_cannot_drop_what_is_old_stops_no_worker(monkeypatch):
+    monkeypatch.setattr(pool_module, "_EXPIRE_EVERY_S", 0.01)
+    index = open_index()
+    monkeypatch.setattr(type(index), "expire", lambda _: 1 / 0)
+    with EventPool(index, workers=1) as pool:
+        until(lambda: pool.stats()["worker_errors_total"] > 1)
+        pool.submit(Message(b"kv@pod-a@m", 0, payload(["BlockStored", [1], None, [1, 2, 3, 4], 4, None])))
+        pool.drain()
+        assert [status.blocks for status in index.sources()] == [1]

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from indexer import Prompt
 from kvevents import discovery
-from kvindex.answers import AnswerMetrics
+from kvindex.answers import AnswerMetrics, stages_of
 from kvindex.rpc.schema import MessageType, Schema, parse
 from kvindex.stats import Asked
 from kvindex.tracing import note_stages
@@ -65,14 +65,7 @@ class Calls:
             for pod, worth in _as_asked(scores_of(matches), names).items():
                 answer.scores.add(pod=pod, score=worth)
             encoded = _bytes(answer)
-        stages = {
-            "read": made - begun - timings.render - timings.tokenize,
-            "render": timings.render,
-            "tokenize": timings.tokenize,
-            "match": matched - made,
-            "encode": time.perf_counter() - matched,
-        }
-        note_stages(begun, stages)
+        note_stages(begun, stages_of(begun, made, matched, timings))
         return encoded
 
     def _match(self, prompt: Prompt, pods: Collection[str] | None) -> list[PodMatch]:
