@@ -4,7 +4,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -289,7 +289,8 @@ class EventPool:
             raise PoolClosed("the pool does not run; use it as a context manager or call start()")
         with self._lock:
             self._submitted += 1
-        self._put(message, wait=True)
+        pod = _pod_of(message)
+        self._worker(pod).queue.put(Publisher(pod, message.endpoint), message)
 
     def drain(self, timeout: float = 5.0) -> None:
         """Return when all that was received before this call has been applied.
@@ -357,7 +358,7 @@ class EventPool:
             if self._closed:
                 raise PoolClosed("the pool was closed; make a new one")
             if self._receiver is None:
-                self._receiver = Receiver(lambda message: self._put(message, wait=False), self._has_room, self._log)
+                self._receiver = Receiver(self._receive, self._has_room, self._log)
             return self._receiver
 
     def _worker(self, pod: str) -> Worker:
@@ -385,9 +386,14 @@ class EventPool:
                 unreachable[publisher] = seconds / self._pod_timeout_s
         shard.hear_unreachable(unreachable, bound | {publisher.endpoint for publisher in left})
 
-    def _put(self, message: Message, *, wait: bool) -> None:
-        pod = message.pod or parse_topic(message.topic).pod
-        self._worker(pod).queue.put(Publisher(pod, message.endpoint), message, wait=wait)
+    def _receive(self, messages: Sequence[Message]) -> None:
+        """Take what came from sockets: at once for each worker, which is woken once."""
+        shares: dict[Worker, list[tuple[Publisher, Message]]] = {}
+        for message in messages:
+            pod = _pod_of(message)
+            shares.setdefault(self._worker(pod), []).append((Publisher(pod, message.endpoint), message))
+        for worker, share in shares.items():
+            worker.queue.put_all(share)
 
     def _follows(self, message: Message) -> bool:
         """Say no for what was on its way when its pod was unsubscribed: it must not bring the pod back.
@@ -395,3 +401,7 @@ class EventPool:
         The answer is the same for all messages of a publisher.
         """
         return message.pod is None or not message.endpoint or message.endpoint in self._subscribed.get(message.pod, ())
+
+
+def _pod_of(message: Message) -> str:
+    return message.pod or parse_topic(message.topic).pod

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 
 from kvevents.message import Message, Publisher
 
@@ -66,33 +67,42 @@ class ShardQueue:
         self.bytes = 0
         self.dropped = 0
 
-    def put(self, publisher: Publisher, message: Message, *, wait: bool) -> None:
-        """Add a message. When full, `wait` for room, else drop as described."""
+    def put(self, publisher: Publisher, message: Message) -> None:
+        """Add a message; wait for room where it is full."""
         size = len(message.payload)
         with self._changed:
-            if wait:
-                while not self._closed and self.messages and not self._fits(size):
-                    self._changed.wait()
-            else:
+            while not self._closed and self.messages and not self._fits(size):
+                self._changed.wait()
+            self._add(publisher, message, size)
+            self._changed.notify_all()
+
+    def put_all(self, messages: Iterable[tuple[Publisher, Message]]) -> None:
+        """Add messages, each with who says it; where it is full others are dropped for them as described."""
+        with self._changed:
+            for publisher, message in messages:
+                size = len(message.payload)
                 while self.messages and not self._fits(size):
                     self._drop_oldest()
-            line = self._waiting.get(publisher)
-            if line is None:
-                line = self._waiting[publisher] = _Line()
-                self._turns.append(publisher)
-                group = line.start_group()
-            else:
-                group = line.groups[-1]
-                if len(group.messages) >= MAX_TAKEN or group.bytes >= MAX_TAKEN_BYTES:
-                    group = line.start_group()
-            group.messages.append(message)
-            group.tickets.append(self._tickets)
-            group.bytes += size
-            line.messages += 1
-            self._tickets += 1
-            self.messages += 1
-            self.bytes += size
+                self._add(publisher, message, size)
             self._changed.notify_all()
+
+    def _add(self, publisher: Publisher, message: Message, size: int) -> None:
+        line = self._waiting.get(publisher)
+        if line is None:
+            line = self._waiting[publisher] = _Line()
+            self._turns.append(publisher)
+            group = line.start_group()
+        else:
+            group = line.groups[-1]
+            if len(group.messages) >= MAX_TAKEN or group.bytes >= MAX_TAKEN_BYTES:
+                group = line.start_group()
+        group.messages.append(message)
+        group.tickets.append(self._tickets)
+        group.bytes += size
+        line.messages += 1
+        self._tickets += 1
+        self.messages += 1
+        self.bytes += size
 
     @property
     def has_room(self) -> bool:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import zmq
 import zmq.utils.monitor
@@ -30,8 +30,12 @@ RECEIVE_MESSAGES = 2_048
 """How many may wait in each socket. They are read at once, so more would only be memory that no bound holds; past it
 the engine keeps them, and past its own mark PUB drops, which shows as a gap."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_BURST = 256
-"""Messages read from one socket before the next one's turn."""
+_BURST, _BURST_BYTES = 256, 4 * 1024 * 1024
+"""How much is read from one socket before the next one's turn."""
+_ROUND_S = 0.0005
+"""From one look at the sockets to the next at least: it costs about as much as ten messages do, and workers that are
+woken for each of them keep the interpreter from everybody else for longer."""
+_IN = int(zmq.POLLIN)  # pyzmq's flags take as long as the question itself
 
 _T = TypeVar("_T")
 
@@ -63,14 +67,16 @@ class _Open:
 class Receiver:
     """The thread and its sockets.
 
-    `deliver` gets every message; it must not block. `has_room` says whether there is room for replayed messages of a
-    pod.
+    `deliver` gets all messages, in order and many at a time where many come; it must not block. `has_room` says whether
+    there is room for replayed messages of a pod.
     """
 
     def __init__(
-        self, deliver: Callable[[Message], None], has_room: Callable[[str], bool], log: FilteringBoundLogger
+        self, deliver: Callable[[list[Message]], None], has_room: Callable[[str], bool], log: FilteringBoundLogger
     ) -> None:
         self._deliver = deliver
+        self._come: list[Message] = []
+        """What was read and is not delivered yet."""
         self._log = log
         self._context: zmq.Context[zmq.Socket[bytes]] = new_context()
         self._address = f"inproc://commands-{id(self)}"
@@ -82,7 +88,7 @@ class Receiver:
         self._of: dict[zmq.Socket[bytes], _Open] = {}
         """The endpoints by their sockets, those of messages and of connections."""
         self._readable = Readable()
-        self._replays = Replays(self._context, self._readable, deliver, has_room, log)
+        self._replays = Replays(self._context, self._readable, self._deliver_one, has_room, log)
         self._running = True
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="kvevents-receiver", daemon=True)
@@ -164,18 +170,27 @@ class Receiver:
         wake = self._context.socket(zmq.PAIR)
         wake.connect(self._address)
         self._readable.register(wake)
+        next_round = 0.0
         while self._running:
             ready = self._readable.wait(self._replays.timeout_ms())
+            now = time.monotonic()
+            if (early := next_round - now) > 0:
+                time.sleep(early)
+                now = next_round
+            next_round = now + _ROUND_S
             try:
                 if wake in ready:
                     self._obey(wake)
                 # a command may have closed some of them
                 for opened in {id(of): of for of in map(self._of.get, ready) if of is not None}.values():
                     self._receive(opened)
+                self._flush()
                 self._replays.receive()
             except Exception as error:  # noqa: BLE001  (one broken socket must not end the reception of all others)
                 self.counters["receiver_errors_total"] += 1
-                self._log.error("receiver_error", error=repr(error))
+                count = self.counters["receiver_errors_total"]
+                if count & (count - 1) == 0:
+                    self._log.error("receiver_error", error=repr(error), times=count)
                 for socket in ready & (self._of.keys() | {wake}):
                     self._readable.again(socket)
         self._replays.close()
@@ -200,31 +215,43 @@ class Receiver:
     def _receive_all(self) -> None:
         for opened in self._open:
             # a flood may never end: what a socket could hold when we were called is enough
-            for _ in range(-(-RECEIVE_MESSAGES // _BURST)):
-                if not self._receive(opened):
-                    break
+            enough = self.counters["received_total"] + RECEIVE_MESSAGES
+            while self._receive(opened) and self.counters["received_total"] < enough:
+                pass
+        self._flush()
+
+    def _flush(self) -> None:
+        """Deliver what was read."""
+        if self._come:
+            come = self._come.copy()
+            self._come.clear()
+            self._deliver(come)
+
+    def _deliver_one(self, message: Message) -> None:
+        """Deliver a message of a replay: whether there is room for the next one shows only then."""
+        self._deliver([message])
 
     def _receive(self, opened: _Open) -> bool:
-        """Deliver what waits at a socket, a burst at most; say whether there may be more."""
-        burst: list[list[zmq.Frame]] = []
-        try:
-            while len(burst) < _BURST:
-                burst.append(opened.socket.recv_multipart(zmq.NOBLOCK, copy=False))
-        except zmq.Again:
-            pass
+        """Read what waits at a socket, a burst at most; say whether there may be more."""
+        socket, burst, size = opened.socket, list[list[bytes]](), 0
+        while is_more := _has_any(socket):
+            # copied: a frame of libzmq's holds the whole buffer that it was read into, and is freed by another thread
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+            burst.append(frames)
+            size += len(frames[-1])
+            if len(burst) == _BURST or size > _BURST_BYTES:
+                break
         # later than the messages were read, and told earlier: what came on a new connection may be another engine's
-        try:
-            while True:
-                self._watch(opened)
-        except zmq.Again:
-            pass
+        while _has_any(opened.monitor):
+            self._watch(opened)
         self._take(opened, burst)
-        if len(burst) < _BURST:
-            return False
-        self._readable.again(opened.socket)
-        return True
+        if len(self._come) >= _BURST:
+            self._flush()
+        if is_more:
+            self._readable.again(socket)
+        return is_more
 
-    def _take(self, opened: _Open, burst: list[list[zmq.Frame]]) -> None:
+    def _take(self, opened: _Open, burst: list[list[bytes]]) -> None:
         subscription = opened.subscription
         for frames in burst:
             opened.heard = True
@@ -241,11 +268,11 @@ class Receiver:
                         times=count,
                     )
                 continue
-            self._deliver(
+            self._come.append(
                 Message(
-                    topic=frames[0].bytes,
-                    seq=int.from_bytes(frames[1].bytes, "big"),
-                    payload=frames[2].buffer,
+                    topic=frames[0],
+                    seq=int.from_bytes(frames[1], "big"),
+                    payload=frames[2],
                     pod=subscription.pod,
                     model=subscription.model,
                     endpoint=subscription.endpoint,
@@ -258,7 +285,7 @@ class Receiver:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             opened.connected += 1
             if opened.subscription.pod is not None:
-                self._deliver(_message(opened.subscription, note=Note.CONNECTED))
+                self._come.append(_message(opened.subscription, note=Note.CONNECTED))
         elif event == zmq.EVENT_DISCONNECTED:
             opened.connected = max(0, opened.connected - 1)
             opened.heard = False
@@ -322,6 +349,11 @@ class Receiver:
         opened.socket.disable_monitor()
         opened.monitor.close(0)
         opened.socket.close(0)
+
+
+def _has_any(socket: "zmq.Socket[bytes]") -> bool:
+    """Say whether a message has come: a third of what it costs to be told so by an exception."""
+    return bool(cast(int, socket.get(zmq.EVENTS)) & _IN)
 
 
 def new_context() -> "zmq.Context[zmq.Socket[bytes]]":

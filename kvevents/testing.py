@@ -373,7 +373,7 @@ class FullWorker:
     def fill(self, messages: Sequence[Message]) -> None:
         """Put messages into the queue."""
         for message in messages:
-            self._queue.put(From(message.pod or "", message.endpoint), message, wait=True)
+            self._queue.put(From(message.pod or "", message.endpoint), message)
 
     def work(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Apply what is in the queue, or so much of it until it is `enough`; that is asked between two takes."""

@@ -111,7 +111,7 @@ def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
 def test_a_worker_takes_so_many_messages_or_bytes_at_once(size, count, takes):
     queue = ShardQueue(1000, 1 << 30)
     for seq in range(count):
-        queue.put(Publisher("a", ""), Message(b"", seq, bytes(size)), wait=True)
+        queue.put(Publisher("a", ""), Message(b"", seq, bytes(size)))
     assert [len(queue.take(0)[1]) for _ in takes] == takes
     assert (queue.messages, queue.bytes, queue.take(0)) == (0, 0, None)
 
@@ -261,8 +261,8 @@ def test_a_closed_pool_says_so(index):
 def test_a_full_queue_drops_the_busiest_publisher_and_counts(index):
     queue = ShardQueue(10, 1000)
     for seq in range(20):
-        queue.put(Publisher("noisy", ""), message(seq), wait=False)
-    queue.put(Publisher("quiet", ""), message(0), wait=False)
+        queue.put_all([(Publisher("noisy", ""), message(seq))])
+    queue.put_all([(Publisher("quiet", ""), message(0))])
     assert (queue.messages, queue.dropped) == (10, 11)
     (first, sent), (second, other) = queue.take(0), queue.take(0)
     assert (first.pod, [m.seq for m in sent]) == ("noisy", list(range(11, 20)))
@@ -273,20 +273,20 @@ def test_a_full_queue_drops_the_busiest_publisher_and_counts(index):
 def test_what_was_dropped_or_discarded_leaves_nothing_behind():
     queue = ShardQueue(1, 1000)
     for pod in "abc":
-        queue.put(Publisher(pod, ""), message(0), wait=False)
+        queue.put_all([(Publisher(pod, ""), message(0))])
     mark = queue.mark()
     queue.discard("c")
     assert (queue.messages, queue.bytes, queue.dropped, queue.take(0)) == (0, 0, 2, None)
     assert queue.join(mark, 0)
-    queue.put(Publisher("a", ""), message(7), wait=False)
+    queue.put_all([(Publisher("a", ""), message(7))])
     assert [m.seq for m in queue.take(0)[1]] == [7]
 
 
 def test_publishers_take_turns():
     queue = ShardQueue(1000, 100_000)
     for seq in range(100):
-        queue.put(Publisher("noisy", ""), message(seq), wait=False)
-    queue.put(Publisher("quiet", ""), message(7), wait=False)
+        queue.put_all([(Publisher("noisy", ""), message(seq))])
+    queue.put_all([(Publisher("quiet", ""), message(7))])
     taken = [queue.take(0) for _ in range(3)]
     assert [publisher.pod for publisher, _ in taken] == ["noisy", "quiet", "noisy"]
     assert [m.seq for m in taken[1][1]] == [7]
@@ -295,13 +295,13 @@ def test_publishers_take_turns():
 
 def test_waiting_for_what_was_put_does_not_wait_for_what_comes_after():
     queue = ShardQueue(1000, 100_000)
-    queue.put(Publisher("a", ""), message(0), wait=False)
-    queue.put(Publisher("b", ""), message(0), wait=False)
+    queue.put_all([(Publisher("a", ""), message(0))])
+    queue.put_all([(Publisher("b", ""), message(0))])
     mark = queue.mark()
     assert not queue.join(mark, 0)
     queue.take(0)
     assert not queue.join(mark, 0)  # taken, not applied
-    queue.put(Publisher("a", ""), message(1), wait=False)
+    queue.put_all([(Publisher("a", ""), message(1))])
     queue.done()
     assert not queue.join(mark, 0)  # b still waits
     queue.take(0)
@@ -334,7 +334,7 @@ def test_live_messages_make_room_before_what_was_asked_for_and_notes_never_do():
         *(message(seq, STORED) for seq in (20, 21, 22)),
     ]
     for one in come:
-        queue.put(publisher, one, wait=False)
+        queue.put_all([(publisher, one)])
     publisher, taken = queue.take(0)
     assert taken == [come[0], come[1], come[2], come[5]]
     assert queue.dropped == 2
