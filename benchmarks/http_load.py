@@ -184,11 +184,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--events", type=float, default=1000.0, help="events a second meanwhile")
+    parser.add_argument("--holders-only", action="store_true", help="ask for pods that hold something")
     parser.add_argument("--python", action="store_true", help="the index in plain Python")
     args = parser.parse_args()
     rng = random.Random(1)
     prompts = [[rng.randrange(128_000) for _ in range(args.tokens)] for _ in range(PROMPTS)]
-    bodies = [json.dumps({"model": MODEL, "token_ids": prompt}, separators=(",", ":")).encode() for prompt in prompts]
+    more = {"holders_only": True} if args.holders_only else {}
+    questions = [{"model": MODEL, "token_ids": prompt, **more} for prompt in prompts]
+    bodies = [json.dumps(question, separators=(",", ":")).encode() for question in questions]
     here, there = get_context("spawn").Pipe()
     publishing = get_context("spawn").Process(target=fleet, args=(args.pods, args.tokens, args.events, there))
     publishing.start()

@@ -112,7 +112,8 @@ class Router:
         Where the scorer cannot say, all pods are taken to hold nothing.
         """
         if policy == "kv":
-            answer, scores = await self._ask("/v1/score", question), Scores()
+            asked = question and {**question, "holders_only": True}
+            answer, scores = await self._ask("/v1/score", asked), Scores()
             with contextlib.suppress(msgspec.MsgspecError):
                 scores = msgspec.json.decode(answer or b"{}", type=Scores)
             held = dict.fromkeys((pod.name for pod in self.pods), 0)

@@ -37,6 +37,8 @@ class ScoreTokens(TokenBody, kw_only=True, forbid_unknown_fields=True):
     """Which pods hold how much of these tokens?"""
 
     pods: Pods = None
+    holders_only: bool = False
+    """Whether pods that hold nothing are left out of the matches: less to send where there are many."""
     timings: bool = False
     """Whether the answer says the seconds of each stage."""
 
@@ -48,6 +50,7 @@ class ScoreText(Body, kw_only=True):
     """
 
     pods: Pods = None
+    holders_only: bool = False
     timings: bool = False
 
 

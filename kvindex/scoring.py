@@ -77,9 +77,9 @@ class Scoring:
             made = time.perf_counter()
             asked = timings if question.timings else None
             if asked is None and len(prompts) == 1 and self._scorer.answers_at_once(prompts[0]):
-                answer = self._answer(prompts, pods, None)
+                answer = self._answer(question, prompts, pods, None)
             else:
-                answer = await counted.to_thread(self._answer, prompts, pods, asked)
+                answer = await counted.to_thread(self._answer, question, prompts, pods, asked)
         self._answers.tokenized(timings)
         matched = time.perf_counter()
         encoded = _ENCODER.encode(answer)
@@ -111,7 +111,7 @@ class Scoring:
             timings = Timings() if question.timings else None
             pods = self._pods_of(question)
             # one by one: nothing else gets on while all of them together are encoded
-            answers.append(msgspec.Raw(_ENCODER.encode(self._answer(prompts, pods, timings))))
+            answers.append(msgspec.Raw(_ENCODER.encode(self._answer(question, prompts, pods, timings))))
             seconds.append(time.perf_counter() - begun)
         return answers, seconds
 
@@ -136,9 +136,17 @@ class Scoring:
         self._asked.note(self._scorer.prompts.tokenizers.resolve(question.model)[0], pods)
         return pods
 
-    def _answer(self, prompts: list[Prompt], pods: list[str] | None, timings: Timings | None) -> ScoreAnswer:
+    def _answer(
+        self,
+        question: ScoreTokens | ScoreText,
+        prompts: list[Prompt],
+        pods: list[str] | None,
+        timings: Timings | None,
+    ) -> ScoreAnswer:
         """May wait for the index."""
-        matches = self._answers.timed(self._scorer.match_all, prompts, pods=pods, timings=timings)
+        matches = self._answers.timed(
+            self._scorer.match_all, prompts, pods=pods, timings=timings, holders_only=question.holders_only
+        )
         tokens, size = sum(prompt.length for prompt in prompts), self._scorer.block_size(prompts[0].model)
         self._answers.found(matches, tokens=tokens, block_size=size)
         scores = scores_of(matches)

@@ -39,16 +39,18 @@ class ChatOptions(PromptOptions, total=False):
 class Questions(ABC):
     """Answers questions about text through the answers about prompts.
 
-    `score_...` give the score of each pod, `match_...` what each rank of each pod holds. All of them take `timings`, to
-    be filled with the seconds that each stage took; block keys are then made ahead, which a short match would not
-    need. All raise `InvalidRequest`, which names the field, and where the text has to be tokenized `NoTokenizer` and
-    `Unavailable`.
+    `score_...` give the score of each pod, `match_...` what each rank of each pod holds, with `holders_only` of those
+    that hold something. All of them take `timings`, to be filled with the seconds that each stage took; block keys are
+    then made ahead, which a short match would not need. All raise `InvalidRequest`, which names the field, and where
+    the text has to be tokenized `NoTokenizer` and `Unavailable`.
     """
 
     prompts: Prompts
 
     @abstractmethod
-    def match(self, token_ids: Prompt, *, pods: Collection[str] | None = None) -> list[PodMatch]:
+    def match(
+        self, token_ids: Prompt, *, pods: Collection[str] | None = None, holders_only: bool = False
+    ) -> list[PodMatch]:
         """Say what each rank of each pod holds of a prompt, highest score first."""
 
     @abstractmethod
@@ -78,10 +80,13 @@ class Questions(ABC):
         model: str,
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
+        holders_only: bool = False,
         **options: Unpack[PromptOptions],
     ) -> list[PodMatch]:
         """Give the matches for a text, as the prompt of ``/v1/completions``."""
-        return self.match_request({**options, "model": model, "prompt": text}, pods=pods, timings=timings)
+        return self.match_request(
+            {**options, "model": model, "prompt": text}, pods=pods, timings=timings, holders_only=holders_only
+        )
 
     def score_chat(
         self,
@@ -102,10 +107,13 @@ class Questions(ABC):
         model: str,
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
+        holders_only: bool = False,
         **options: Unpack[ChatOptions],
     ) -> list[PodMatch]:
         """Give the matches for messages, as in the body of ``/v1/chat/completions``."""
-        return self.match_request({**options, "model": model, "messages": messages}, pods=pods, timings=timings)
+        return self.match_request(
+            {**options, "model": model, "messages": messages}, pods=pods, timings=timings, holders_only=holders_only
+        )
 
     def score_request(
         self, body: Mapping[str, Any], *, pods: Collection[str] | None = None, timings: Timings | None = None
@@ -120,18 +128,29 @@ class Questions(ABC):
         )
 
     def match_request(
-        self, body: Mapping[str, Any], *, pods: Collection[str] | None = None, timings: Timings | None = None
+        self,
+        body: Mapping[str, Any],
+        *,
+        pods: Collection[str] | None = None,
+        timings: Timings | None = None,
+        holders_only: bool = False,
     ) -> list[PodMatch]:
         """Give the matches for an OpenAI completions or chat body as it is, added up over its prompts."""
-        return self.match_all(self.prompts.read(body, timings), pods=pods, timings=timings)
+        return self.match_all(self.prompts.read(body, timings), pods=pods, timings=timings, holders_only=holders_only)
 
     def match_all(
-        self, prompts: Sequence[Prompt], *, pods: Collection[str] | None = None, timings: Timings | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        pods: Collection[str] | None = None,
+        timings: Timings | None = None,
+        holders_only: bool = False,
     ) -> list[PodMatch]:
         """Give the matches for prompts of one request, added up."""
         # one by one: the matches of all of them at once would be as many as pods times prompts
         return sum_of_matches(
-            self._timed(prompt, timings, lambda each: self.match(each, pods=pods)) for prompt in prompts
+            self._timed(prompt, timings, lambda each: self.match(each, pods=pods, holders_only=holders_only))
+            for prompt in prompts
         )
 
     def score_many(
@@ -163,10 +182,13 @@ class Questions(ABC):
         model: str,
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
+        holders_only: bool = False,
         **options: Unpack[PromptOptions],
     ) -> list[PodMatch]:
         """Do what `match_prompt` does, without blocking the event loop."""
-        return await self.amatch_request({**options, "model": model, "prompt": text}, pods=pods, timings=timings)
+        return await self.amatch_request(
+            {**options, "model": model, "prompt": text}, pods=pods, timings=timings, holders_only=holders_only
+        )
 
     async def ascore_chat(
         self,
@@ -187,10 +209,13 @@ class Questions(ABC):
         model: str,
         pods: Collection[str] | None = None,
         timings: Timings | None = None,
+        holders_only: bool = False,
         **options: Unpack[ChatOptions],
     ) -> list[PodMatch]:
         """Do what `match_chat` does, without blocking the event loop."""
-        return await self.amatch_request({**options, "model": model, "messages": messages}, pods=pods, timings=timings)
+        return await self.amatch_request(
+            {**options, "model": model, "messages": messages}, pods=pods, timings=timings, holders_only=holders_only
+        )
 
     async def ascore_request(
         self, body: Mapping[str, Any], *, pods: Collection[str] | None = None, timings: Timings | None = None
@@ -199,10 +224,15 @@ class Questions(ABC):
         return await self.prompts.run(self.score_request, body, pods=pods, timings=timings)
 
     async def amatch_request(
-        self, body: Mapping[str, Any], *, pods: Collection[str] | None = None, timings: Timings | None = None
+        self,
+        body: Mapping[str, Any],
+        *,
+        pods: Collection[str] | None = None,
+        timings: Timings | None = None,
+        holders_only: bool = False,
     ) -> list[PodMatch]:
         """Do what `match_request` does, without blocking the event loop."""
-        return await self.prompts.run(self.match_request, body, pods=pods, timings=timings)
+        return await self.prompts.run(self.match_request, body, pods=pods, timings=timings, holders_only=holders_only)
 
     async def ascore_many(
         self, questions: Sequence[Mapping[str, Any] | Prompt], *, pods: Collection[str] | None = None

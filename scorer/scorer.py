@@ -92,11 +92,13 @@ class PrefixScorer(Questions):
         lora_name: str | int | None = None,
         cache_salt: str | None = None,
         mm_items: Sequence[ImageItem] = (),
+        holders_only: bool = False,
     ) -> list[PodMatch]:
         """Say what each rank of each pod holds of a prompt, highest score first.
 
-        Pods that hold nothing are in the answer with score 0. A pod whose state is not known says so in `trust`; pods
-        asked for by name that nobody follows are left out. `mm_items` are (identifier, first token, number of tokens).
+        Pods that hold nothing are in the answer with score 0, unless `holders_only`, which is the cheaper question to a
+        large fleet. A pod whose state is not known says so in `trust`; pods asked for by name that nobody follows are
+        left out. `mm_items` are (identifier, first token, number of tokens).
 
         Who asks again and again about a growing conversation gives a `Prompt` that he keeps and extends, in the place
         of `token_ids` and all that describes them: its start is hashed once.
@@ -104,9 +106,11 @@ class PrefixScorer(Questions):
         Raises `InvalidRequest` for values that are no token ids or items, and for tokens without a model.
         """
         prompt = _prompt_of(token_ids, model, lora_name, cache_salt, mm_items)
-        held = self._index.match(prompt, pods=_names_of(pods), block_size=self._block_size)
+        amends, notes = self._loop.amends, self._loop.notes_anything
+        leaves_out = holders_only and not amends and not notes  # what the loop knows of a pod may be all there is
+        held = self._index.match(prompt, pods=_names_of(pods), block_size=self._block_size, holders_only=leaves_out)
         size = self.block_size(prompt.model)
-        if self._loop.amends:
+        if amends:
             held = self._loop.amended(held, prompt, size)
         judge = _Judge(self._weights, size)
         matches = []
@@ -122,8 +126,10 @@ class PrefixScorer(Questions):
                     pod, rank, tokens // size, tokens, holding.reusable_tokens, score, tiers.copy(), trust, degraded
                 )
             )
-        if self._loop.notes_anything:
+        if notes:
             matches = [self._noted(match, prompt, size) for match in matches]
+        if holders_only and not leaves_out:
+            matches = [match for match in matches if match.tokens or match.speculative_blocks]
         # twice without a function of ours for each is faster than once with one
         matches.sort(key=_BY_NAME)
         matches.sort(key=_BY_SCORE, reverse=True)
@@ -284,6 +290,7 @@ class PrefixScorer(Questions):
         lora_name: str | int | None = None,
         cache_salt: str | None = None,
         mm_items: Sequence[ImageItem] = (),
+        holders_only: bool = False,
     ) -> list[PodMatch]:
         """Do what `match` does, without blocking the event loop."""
         return await asyncio.to_thread(
@@ -294,6 +301,7 @@ class PrefixScorer(Questions):
             lora_name=lora_name,
             cache_salt=cache_salt,
             mm_items=mm_items,
+            holders_only=holders_only,
         )
 
     async def ascore(

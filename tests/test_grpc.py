@@ -244,7 +244,8 @@ def test_without_tokenizers_text_is_refused_and_tokens_are_answered():
 def ours(**more):
     """ScoreRequest by its numbers."""
     asked = {"model": MODEL, "token_ids": list(range(50))} | more
-    numbers = {"model": 1, "token_ids": 2, "token_buffer": 3, "pods": 4, "lora_name": 5, "cache_salt": 6, "mm_items": 7}
+    numbers = {"model": 1, "token_ids": 2, "token_buffer": 3, "pods": 4, "lora_name": 5, "cache_salt": 6, "mm_items": 7,
+               "holders_only": 8}  # fmt: skip
     data = b""
     for name, value in asked.items():
         repeated = name in ("pods", "mm_items")
@@ -284,6 +285,8 @@ def test_our_answer_is_the_scorers(service):
             {"lora_name": "", "cache_salt": ""},
             {"mm_items": [field(1, "image") + field(2, 20) + field(3, 4)]},
             {"model": "never"},
+            {"holders_only": True},
+            {"token_ids": list(range(33, 66)), "holders_only": True},
         ):
             answer = kind.FromString(service.call(OURS, ours(**question)))
             asked = {"token_ids": list(range(50)), "model": MODEL} | question
@@ -300,6 +303,7 @@ def test_our_answer_is_the_scorers(service):
             assert [m.speculative_blocks for m in answer.matches] == [m.speculative_blocks for m in matches]
             assert [m.speculative_tokens for m in answer.matches] == [m.speculative_tokens for m in matches]
             assert [m.trust == 1 for m in answer.matches] == [m.trust == "exact" for m in matches]
+            asked.pop("holders_only", None)
             scores = service.scorer.score(tokens, **asked)
             assert dict(answer.scores) == scores
             assert answer.HasField("best") == bool(scores)

@@ -49,6 +49,19 @@ def test_a_score_is_what_the_pods_hold(client):
     assert ask(client, pods=["pod-b"]).json()["scores"] == {"pod-b": 1.0}
 
 
+def test_pods_that_hold_nothing_are_left_out_where_that_is_asked(client):
+    client.put("/v1/pods/pod-c", json={"endpoint": "tcp://127.0.0.1:1", "model": MODEL})
+    try:
+        everyone = ask(client).json()
+        assert [match["pod"] for match in everyone["matches"]] == ["pod-a", "pod-b", "pod-c"]
+        assert ask(client, holders_only=True).json() == everyone | {"matches": everyone["matches"][:2]}
+        batch = client.post("/v1/score_batch", json={"questions": [QUESTION | {"holders_only": True}]}).json()
+        assert batch["answers"] == [everyone | {"matches": everyone["matches"][:2]}]
+        assert ask(client, holders_only=1).json()["field"] == "holders_only"
+    finally:
+        client.delete("/v1/pods/pod-c")
+
+
 @pytest.mark.parametrize("body", [{"model": "never"}, {"pods": ["never"]}, {"token_ids": []}, {"cache_salt": "x"}])
 def test_what_nobody_holds_is_an_empty_score(client, body):
     response = ask(client, **body)

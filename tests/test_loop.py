@@ -137,6 +137,23 @@ def test_what_is_routed_is_reported_apart_and_for_a_while_only():
     assert not scorer.routed("nobody", range(8), model=MODEL)
 
 
+def test_who_holds_nothing_is_left_out_where_that_is_asked_unless_something_is_on_its_way():
+    index = pods()
+    scorer = PrefixScorer(index, block_size=4)
+    index.apply(A, [stored([1], range(4))])
+    prompts = [Prompt(range(10), MODEL), Prompt(range(50, 60), MODEL)]
+    for _ in range(2):
+        for prompt in prompts:
+            everyone = scorer.match(prompt)
+            assert len(everyone) == 2
+            some = scorer.match(prompt, holders_only=True)
+            assert some == [match for match in everyone if match.blocks or match.speculative_blocks]
+        assert scorer.match_all(prompts, holders_only=True)[0].pod == "a"
+        assert asyncio.run(scorer.amatch(prompts[0], holders_only=True)) == scorer.match(prompts[0], holders_only=True)
+        scorer.routed("b", prompts[1])
+    assert [match.pod for match in scorer.match(prompts[1], holders_only=True)] == ["b"]
+
+
 def test_who_asks_for_it_has_guesses_in_the_score():
     index = pods()
     scorer = PrefixScorer(index, block_size=4, speculative_weight=0.5)

@@ -229,7 +229,7 @@ def test_the_scorer_is_told_where_a_prompt_went_and_what_was_reused(stream):
         until(lambda: len(scorer.calls) == 3)
     assert scorer.tokens == {b"Bearer secret" if stream else None}
     asked = {"model": "m", "token_ids": [1, 2, 3]}
-    assert scorer.calls[0] == ("/v1/score", asked)
+    assert scorer.calls[0] == ("/v1/score", {**asked, "holders_only": True})
     assert sorted(scorer.calls[1:], key=str) == [
         ("/v1/observe", {**asked, "pod": "pod-1", "cached_tokens": 2}),
         ("/v1/routed", {**asked, "pod": "pod-1"}),
@@ -242,7 +242,7 @@ def test_text_is_asked_about_as_it_is():
     with routing(*pods, scorer=scorer, policy="kv") as (url, router):
         assert httpx.post(f"{url}/v1/chat/completions", json=body).headers["x-routed-to"] == "pod-2"
         until(lambda: idle(router) and len(scorer.calls) == 2)
-    assert scorer.calls == [("/v1/score", body), ("/v1/routed", {**body, "pod": "pod-2"})]
+    assert scorer.calls == [("/v1/score", {**body, "holders_only": True}), ("/v1/routed", {**body, "pod": "pod-2"})]
 
 
 def test_without_a_scorer_the_idlest_pod_answers():

@@ -69,7 +69,7 @@ class Calls:
         return encoded
 
     def _match(self, prompt: Prompt, pods: Collection[str] | None) -> list[PodMatch]:
-        matches = self._metrics.timed(self._scorer.match, prompt, pods=pods)
+        matches = self._metrics.timed(self._scorer.match, prompt, pods=pods, holders_only=True)
         self._metrics.found(matches, tokens=prompt.length, block_size=self._scorer.block_size(prompt.model))
         return matches
 
@@ -101,6 +101,7 @@ class Calls:
             lora_name=lora,
             cache_salt=request.cache_salt or None,
             mm_items=items,
+            holders_only=request.holders_only,
         )
         matched = time.perf_counter()
         scores, size = scores_of(matches), self._scorer.block_size(model)
