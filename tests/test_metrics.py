@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,6 +25,7 @@ from .conftest import MODEL, payload
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/kvindex.json").read_text())
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
+ALERTS = ROOT / "deploy/prometheus/kvindex-alerts.yaml"
 TOKENS = list(range(40))
 ADDED_BY_PROMETHEUS = {"instance", "job"}
 
@@ -256,6 +258,19 @@ def test_every_metric_the_operators_wait_for_is_there(exposed):
         metrics, grouped = asked_for(expression)
         assert metrics.keys() <= exposed.keys(), expression
         assert all(label in exposed[name] for name in metrics for label in grouped - {"le"})
+
+
+def test_the_alerts_are_those_of_the_table(exposed):
+    (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
+    rows = re.findall(r"^\| `([^`]+)` \| ([0-9]+) min", OPERATIONS, re.MULTILINE)
+    assert [(rule["expr"], rule["for"]) for rule in group["rules"]] == [(expr, f"{minutes}m") for expr, minutes in rows]
+    assert len({rule["alert"] for rule in group["rules"]}) == len(rows)
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"].keys() == {"summary", "description"}
+        for label in re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]):
+            metrics, grouped = asked_for(rule["expr"])
+            assert all(label in (grouped or exposed[name]) for name in metrics), rule["alert"]
 
 
 def test_every_reason_has_its_row():
