@@ -93,6 +93,7 @@ def create_app(
             raise HTTPException(status_code=HTTP_400_BAD_REQUEST, detail=detail)
         try:
             found = discovery.found_of(pod, [data], shared=False)
+            _refuse_local(found)
             is_new = await asyncio.to_thread(followed.put, pod, found)
         except PodTaken as error:
             raise HTTPException(status_code=HTTP_409_CONFLICT, detail=str(error)) from error
@@ -151,3 +152,13 @@ def create_app(
         openapi_config=None,
         exception_handlers=problems.HANDLERS,
     )
+
+
+def _refuse_local(found: discovery.Found) -> None:
+    """Raise `SubscriptionError` for places in this machine: who may ask may not reach into it."""
+    for one in found.endpoints:
+        for place in (one.endpoint, one.replay or "tcp://"):
+            if not place.startswith("tcp://"):
+                raise SubscriptionError(
+                    f"endpoint {place!r}: a request may name tcp://host:port alone; others are for the configuration"
+                )

@@ -153,6 +153,8 @@ class Reader(Generic[OfTokens, OfText]):
         bytes(body).decode()  # also where nobody reads it, JSON is UTF-8
         if isinstance(text.prompt, list) and text.prompt and not isinstance(text.prompt[0], str):
             said = bytes(form.prompt)
+            if (b"true" in said or b"false" in said) and b'"' not in said:  # to Python they are numbers
+                raise msgspec.ValidationError("Expected `int`, got `bool` - at `$.prompt[...]`")
             if any(sign in said for sign in (b".", b"e", b"E")):
                 text.prompt = _with_whole(text.prompt)
         return text

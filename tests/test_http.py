@@ -5,6 +5,7 @@ import json
 import re
 import threading
 
+import httpx
 import pytest
 from litestar.testing import TestClient
 
@@ -15,6 +16,7 @@ from kvindex.questions import MOST_VALUES
 from scorer import PrefixScorer
 
 from .conftest import payload
+from .serving import service
 
 MODEL = "m"
 QUESTION = {"model": MODEL, "token_ids": list(range(40))}
@@ -76,6 +78,9 @@ def test_what_nobody_holds_is_an_empty_score(client, body):
         ({"token_ids": [-1]}, "token_ids"),
         ({"token_ids": ["a"]}, "token_ids"),
         ({"token_ids": None}, "token_ids"),
+        ({"token_ids": [1, True]}, "token_ids"),
+        ({"token_ids": None, "prompt": [1, True]}, "prompt"),
+        ({"token_ids": None, "prompt": [[1], [False]]}, "prompt"),
         ({"token_ids": [1] * 101}, "token_ids"),
         ({"model": 5}, "model"),
         ({"pods": "pod-a"}, "pods"),
@@ -387,3 +392,35 @@ def test_what_is_said_of_a_pod_is_short(client):
     assert (answer.status_code, "262144 bytes" in answer.json()["detail"]) == (413, True)
     answer = client.put("/v1/pods/a", json={"endpoint": "x"})
     assert (answer.status_code, answer.json()["field"]) == (400, "body")
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///run/engine", "inproc://engine"])
+def test_a_request_names_no_place_in_this_machine(client, endpoint):
+    for body in ({"endpoint": endpoint}, {"endpoint": "tcp://127.0.0.1:1", "replay": endpoint}):
+        answer = client.put("/v1/pods/a", json=body)
+        assert (answer.status_code, endpoint in answer.json()["detail"]) == (400, True)
+    assert "a" not in {pod["pod"] for pod in client.get("/v1/pods").json()["pods"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/score", {"OPTIONS", "POST"}),
+        ("POST", "/healthz", {"GET", "OPTIONS"}),
+        ("POST", "/v1/pods/a", {"DELETE", "OPTIONS", "PUT"}),
+    ],
+)
+def test_who_uses_another_method_is_told_which_there_are(client, method, path, allowed):
+    answer = client.request(method, path)
+    assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, allowed)
+    assert answer.json()["status"] == 405
+
+
+def test_whatever_can_be_had_has_a_head(tmp_path):
+    with service(tmp_path) as served, httpx.Client(base_url=served.url) as client:
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/pods", "/schema"):
+            head, whole = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (whole.status_code, b"")
+            assert head.headers["content-type"] == whole.headers["content-type"]
+            assert int(head.headers["content-length"]) > 0
+        assert (client.head("/v1/score").status_code, client.head("/v1/none").status_code) == (405, 404)

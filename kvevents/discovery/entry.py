@@ -12,6 +12,7 @@ from kvevents.discovery.identity import host_of, is_ip
 from kvevents.errors import SubscriptionError
 
 _Text = Annotated[str, Meta(min_length=1, max_length=1_024)]
+_Perhaps = Annotated[str, Meta(max_length=1_024)]
 
 
 class RankEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,15 +35,15 @@ class PodBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many data-parallel ranks there are, or which; each publishes at the port plus its number."""
     endpoints: Annotated[list[RankEntry], Meta(max_length=1_024)] = []
     """In the place of ``endpoint``: all ranks one by one."""
-    model: str = ""
+    model: _Perhaps = ""
     """The model that it serves; the topic's where nothing is said."""
-    topic: str = ""
+    topic: _Perhaps = ""
     """Prefix of the topics to hear."""
     copies: Copies | None = None
     """As in ``[pool]``, for this pod."""
-    uid: str = ""
+    uid: _Perhaps = ""
     """Which life of the pod it is: with another one the pod begins anew."""
-    address: str = ""
+    address: _Perhaps = ""
     """Where its API is, ``10.0.0.7:8000``, if a router may ask for it by that."""
 
     def __post_init__(self) -> None:
