@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict, Unpack
 
 import msgspec
 
@@ -25,6 +25,15 @@ AT_ONCE_TOKENS = 4_096
 
 Asked: TypeAlias = "TokenIds | Prompt"
 """What a question is about: token ids, or a prompt that the caller keeps."""
+
+
+class TokenOptions(TypedDict, total=False):
+    """What decides, beside token ids, which cached blocks fit them."""
+
+    model: str | None
+    lora_name: str | int | None
+    cache_salt: str | None
+    mm_items: Sequence[ImageItem]
 
 
 class PrefixScorer(Questions):
@@ -234,27 +243,10 @@ class PrefixScorer(Questions):
         return self._loop.stats()
 
     async def arouted(
-        self,
-        pod: str,
-        token_ids: Asked,
-        *,
-        model: str | None = None,
-        rank: int | None = None,
-        lora_name: str | int | None = None,
-        cache_salt: str | None = None,
-        mm_items: Sequence[ImageItem] = (),
+        self, pod: str, token_ids: Asked, *, rank: int | None = None, **about: Unpack[TokenOptions]
     ) -> bool:
         """Do what `routed` does, without blocking the event loop."""
-        return await asyncio.to_thread(
-            self.routed,
-            pod,
-            token_ids,
-            model=model,
-            rank=rank,
-            lora_name=lora_name,
-            cache_salt=cache_salt,
-            mm_items=mm_items,
-        )
+        return await asyncio.to_thread(self.routed, pod, token_ids, rank=rank, **about)
 
     async def aobserve(
         self,
@@ -262,68 +254,28 @@ class PrefixScorer(Questions):
         token_ids: Asked,
         *,
         cached_tokens: int,
-        model: str | None = None,
         rank: int | None = None,
-        lora_name: str | int | None = None,
-        cache_salt: str | None = None,
-        mm_items: Sequence[ImageItem] = (),
+        **about: Unpack[TokenOptions],
     ) -> Observation:
         """Do what `observe` does, without blocking the event loop."""
-        return await asyncio.to_thread(
-            self.observe,
-            pod,
-            token_ids,
-            cached_tokens=cached_tokens,
-            model=model,
-            rank=rank,
-            lora_name=lora_name,
-            cache_salt=cache_salt,
-            mm_items=mm_items,
-        )
+        return await asyncio.to_thread(self.observe, pod, token_ids, cached_tokens=cached_tokens, rank=rank, **about)
 
     async def amatch(
         self,
         token_ids: Asked,
         *,
-        model: str | None = None,
         pods: Collection[str] | None = None,
-        lora_name: str | int | None = None,
-        cache_salt: str | None = None,
-        mm_items: Sequence[ImageItem] = (),
         holders_only: bool = False,
+        **about: Unpack[TokenOptions],
     ) -> list[PodMatch]:
         """Do what `match` does, without blocking the event loop."""
-        return await asyncio.to_thread(
-            self.match,
-            token_ids,
-            model=model,
-            pods=pods,
-            lora_name=lora_name,
-            cache_salt=cache_salt,
-            mm_items=mm_items,
-            holders_only=holders_only,
-        )
+        return await asyncio.to_thread(self.match, token_ids, pods=pods, holders_only=holders_only, **about)
 
     async def ascore(
-        self,
-        token_ids: Asked,
-        *,
-        model: str | None = None,
-        pods: Collection[str] | None = None,
-        lora_name: str | int | None = None,
-        cache_salt: str | None = None,
-        mm_items: Sequence[ImageItem] = (),
+        self, token_ids: Asked, *, pods: Collection[str] | None = None, **about: Unpack[TokenOptions]
     ) -> dict[str, float]:
         """Do what `score` does, without blocking the event loop."""
-        return await asyncio.to_thread(
-            self.score,
-            token_ids,
-            model=model,
-            pods=pods,
-            lora_name=lora_name,
-            cache_salt=cache_salt,
-            mm_items=mm_items,
-        )
+        return await asyncio.to_thread(self.score, token_ids, pods=pods, **about)
 
 
 class _Judge:
