@@ -31,6 +31,7 @@ class Gate(Collector):
         """Requests that the application has not ended yet, without those of probes."""
         self.late = 0
         """Connections that were closed because a request did not come in its time."""
+        self._turned_away = 0
         self._overloaded = 0
         self._is_leaving = False
         self._unauthorized = _problem(401, "Unauthorized", REFUSED, (b"www-authenticate", b"Bearer"))
@@ -44,6 +45,10 @@ class Gate(Collector):
         A signal handler may call it.
         """
         self._is_leaving = True
+
+    def turn_away(self) -> None:
+        """Count a connection that was closed because there were too many."""
+        self._turned_away += 1
 
     def before(self, app: ASGIApp) -> ASGIApp:
         """Give an application that answers itself, or lets `app` answer."""
@@ -106,6 +111,11 @@ class Gate(Collector):
         yield GaugeMetricFamily("kvindex_http_bytes_under_way", "Bytes of their bodies", value=self._bytes)
         yield CounterMetricFamily(
             "kvindex_http_overloaded", "HTTP requests refused because too many were under way", value=self._overloaded
+        )
+        yield CounterMetricFamily(
+            "kvindex_http_turned_away",
+            "HTTP connections closed because there were too many",
+            value=self._turned_away,
         )
         yield CounterMetricFamily(
             "kvindex_http_late", "HTTP connections closed because a request did not come in its time", value=self.late

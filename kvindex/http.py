@@ -1,8 +1,9 @@
 """The HTTP service."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from litestar import Litestar, Response, delete, get, put, route
 from litestar.enums import HttpMethod
@@ -39,6 +40,8 @@ _POD = "/v1/pods/{pod:str}"
 _POD_BODY_BYTES = 262_144
 _NAME_CHARS = 512
 
+_T = TypeVar("_T")
+
 
 def create_app(
     scorer: PrefixScorer,
@@ -66,6 +69,12 @@ def create_app(
     ours = (checks, FeedbackMetrics(scorer), snapshots, PromptMetrics(scorer.prompts), answers)
     metrics = Metrics(index, pool, followed, *ours, *collectors)
     feedback = feedback_routes(scorer, followed, max_tokens=max_tokens, max_body_bytes=max_body_bytes)
+
+    # of their own: long questions may hold all others, and who asks these restarts what does not answer
+    probing = ThreadPoolExecutor(2, thread_name_prefix="kvindex-probes")
+
+    async def probed(look: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(probing, look)
 
     scoring = Scoring(scorer, followed, checks, answers, max_tokens=max_tokens)
 
@@ -114,7 +123,7 @@ def create_app(
     @get("/readyz")
     async def readyz() -> Response[dict[str, Any]]:
         """Say whether the index answers, and all that was to be waited for at the start has come."""
-        missing = await asyncio.to_thread(readiness.missing)
+        missing = await probed(readiness.missing)
         if missing:
             return Response({"status": "not ready", **missing}, status_code=HTTP_503_SERVICE_UNAVAILABLE)
         return Response({"status": "ready"})
@@ -140,7 +149,7 @@ def create_app(
     @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
     async def metrics_text() -> bytes:
         """Give all metrics for Prometheus."""
-        return await asyncio.to_thread(metrics.text)
+        return await probed(metrics.text)
 
     return Litestar(
         [
@@ -151,6 +160,7 @@ def create_app(
         ],
         openapi_config=None,
         exception_handlers=problems.HANDLERS,
+        on_shutdown=[lambda: probing.shutdown(wait=False)],
     )
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import socket
+from functools import partial
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -123,7 +125,7 @@ def run_serve(config: Config) -> int:
         inside = app if spans is None else spans.before(app)  # behind the gate: a stranger makes no spans
         settings = uvicorn.Config(
             gate.before(inside),
-            http=Reading,
+            http=cast(Any, partial(Reading, max_connections=config.http.max_connections, turn_away=gate.turn_away)),
             log_level="error",  # its warnings are about what clients send
             access_log=False,
             lifespan="on",

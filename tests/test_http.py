@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -16,7 +18,7 @@ from kvindex.questions import MOST_VALUES
 from scorer import PrefixScorer
 
 from .conftest import payload
-from .serving import service
+from .serving import service, serving
 
 MODEL = "m"
 QUESTION = {"model": MODEL, "token_ids": list(range(40))}
@@ -424,3 +426,35 @@ def test_whatever_can_be_had_has_a_head(tmp_path):
             assert head.headers["content-type"] == whole.headers["content-type"]
             assert int(head.headers["content-length"]) > 0
         assert (client.head("/v1/score").status_code, client.head("/v1/none").status_code) == (405, 404)
+
+
+class HeldIndex(WaitingIndex):
+    """An index whose answers wait until they may go on."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.asked, self.go_on = threading.Semaphore(0), threading.Event()
+
+    def match(self, *args, **kwargs):
+        self.asked.release()
+        assert self.go_on.wait(30)
+        return self._index.match(*args, **kwargs)
+
+
+def test_probes_are_answered_while_questions_hold_all_threads():
+    index = HeldIndex(open_index())
+    with EventPool(index) as pool:
+        app = create_app(PrefixScorer(index), index, pool, max_tokens=100, max_body_bytes=4096)
+        with serving(app) as (url,), ThreadPoolExecutor(64) as clients:
+            threads = min(32, (os.cpu_count() or 1) + 4)  # what asyncio has for all
+            asked = [
+                clients.submit(httpx.post, f"{url}/v1/score", json=QUESTION, timeout=30) for _ in range(threads + 1)
+            ]
+            try:
+                assert all(index.asked.acquire(timeout=30) for _ in range(threads))
+                for path in ("/healthz", "/readyz", "/metrics"):
+                    assert httpx.get(f"{url}{path}", timeout=30).status_code == 200
+                assert not any(answer.done() for answer in asked)
+            finally:
+                index.go_on.set()
+            assert {answer.result().status_code for answer in asked} == {200}
