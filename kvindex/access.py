@@ -64,10 +64,15 @@ class Access(Collector):
     """Knows the tokens, and counts whom it refused. Without tokens everybody may ask. May be asked from any thread."""
 
     def __init__(self, tokens: Sequence[str] = ()) -> None:
-        self._tokens = [token.encode() for token in tokens]
+        self._tokens = _as_sent(tokens)
         refused = Counter("kvindex_unauthorized_total", "Questions without a token that holds", ["by"], registry=None)
         self._refused = {"http": refused.labels("http"), "grpc": refused.labels("grpc")}
         self._all = refused
+
+    def renew(self, tokens: Sequence[str]) -> bool:
+        """Let these tokens hold from now on and no others; say whether they are others than before."""
+        before, self._tokens = self._tokens, _as_sent(tokens)
+        return self._tokens != before
 
     def allows(self, authorization: bytes, by: Carrier) -> bool:
         """Say whether the value of a header `Authorization` holds, b"" where there was none."""
@@ -83,3 +88,7 @@ class Access(Collector):
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
         yield from self._all.collect()
+
+
+def _as_sent(tokens: Sequence[str]) -> list[bytes]:
+    return [token.encode() for token in tokens]

@@ -176,11 +176,13 @@ class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What has to be sent as ``Authorization: Bearer TOKEN``; also what `snapshot.peers` are asked with."""
     token_file: str | UnsetType = UNSET
     """A file with tokens, one a line, as a secret is mounted: all of them hold, so that one can be changed without a
-    gap. Peers are asked with the first. It is read at the start."""
+    gap. Peers are asked with the first. What is exchanged in it holds within seconds."""
 
 
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """TLS of HTTP and gRPC, 1.2 or newer, see `docs/deployment.md`. All are PEM files, read at the start."""
+    """TLS of HTTP and gRPC, 1.2 or newer, see `docs/deployment.md`. What is exchanged in the files, all of them PEM, is
+    shown to new connections within seconds.
+    """
 
     cert: str | UnsetType = UNSET
     """The certificate, with those between it and its authority; none: no TLS."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import structlog
 import uvicorn
+from msgspec import UNSET
 
 from indexer import Limits, open_index
 from kvevents import EventPool, KVEventsError
@@ -21,6 +22,7 @@ from kvindex.http import create_app
 from kvindex.leaving import Server
 from kvindex.pods import follow
 from kvindex.reading import Reading
+from kvindex.renewal import Renew, Renewal
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
 from kvindex.tls import open_tls
@@ -46,6 +48,12 @@ def run_serve(config: Config) -> int:
     tokens = read_tokens(config.access)
     access = Access(tokens)
     tls = open_tls(config.tls)
+    parts: dict[str, Renew] = {}
+    if config.access.token_file is not UNSET:
+        parts["access"] = lambda: access.renew(read_tokens(config.access))
+    if tls is not None:
+        parts["tls"] = tls.renew
+    renewal = Renewal(parts)
     _raise_file_limit()
     listener = _bound(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
@@ -103,7 +111,7 @@ def run_serve(config: Config) -> int:
             checks=checks,
             snapshots=snapshots,
             answers=answers,
-            collectors=[access, gate, *([spans] if spans is not None else [])],
+            collectors=[access, gate, renewal, *([spans] if spans is not None else [])],
         )
         rpc = serve_grpc(
             config.grpc,
@@ -142,6 +150,8 @@ def run_serve(config: Config) -> int:
             timeout_s=config.http.shutdown_timeout_s,
             read_timeout_s=config.http.read_timeout_s,
         )
+        renewal.start()
+        running.callback(renewal.close)
         _spare_the_collector()
         with server.capture_signals():
             _listen(listener)  # who reads the next line may ask at once, and end it

@@ -10,20 +10,77 @@ from kvindex.config import TlsConfig
 from kvindex.errors import UserError
 
 
-class Tls(NamedTuple):
-    """A certificate and what it takes to use it."""
+class Certificate(NamedTuple):
+    """What the files have, PEM."""
 
-    context: ssl.SSLContext
-    """For the HTTP server."""
     cert: bytes
     key: bytes
     client_ca: bytes | None
     """Who signs certificates of clients; None where they need none."""
-    files: tuple[str, str]
-    """Certificate and key, to show them as a client."""
 
     def __repr__(self) -> str:  # a key must not get into a log
+        return f"Certificate({len(self.cert)} bytes)"
+
+
+class Tls:
+    """The certificate, which may be exchanged in its files while it is used. `files` are its own and that of its key,
+    to show them as a client.
+    """
+
+    def __init__(self, cert: str, key: str, client_ca: str | None) -> None:
+        """Raise `UserError`, which names the key of the configuration, for a file that cannot be used."""
+        self.files = cert, key
+        self._client_ca = client_ca
+        self.certificate, self._context = self._read()
+        self.context = self._context
+        """For the HTTP server: connections get the certificate that holds when they begin."""
+        # before anything else of a connection is decided, whether a client names a server or not
+        self.context.sni_callback = self._choose
+
+    def __repr__(self) -> str:
         return f"Tls({self.files[0]!r})"
+
+    def renew(self) -> bool:
+        """Take what is in the files now; say whether it is another than before.
+
+        Raises `UserError`, and goes on with what it has.
+        """
+        certificate, context = self._read()
+        if certificate == self.certificate or certificate != self._pem():  # the same, or it changes at this moment
+            return False
+        self.certificate, self._context = certificate, context
+        return True
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._context
+
+    def _pem(self) -> Certificate:
+        cert, key = self.files
+        client_ca = None if self._client_ca is None else _file("tls.client_ca", self._client_ca)
+        return Certificate(_file("tls.cert", cert), _file("tls.key", key), client_ca)
+
+    def _read(self) -> tuple[Certificate, ssl.SSLContext]:
+        (cert, key), certificate = self.files, self._pem()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            # without a password it would be asked for at the terminal
+            context.load_cert_chain(cert, key, password="")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"tls.cert {cert!r}, tls.key {key!r}: no certificate with its key, both PEM, the key without "
+                f"a password: {error}"
+            ) from error
+        if certificate.client_ca is not None:
+            try:
+                context.load_verify_locations(cadata=certificate.client_ca.decode("ascii", "replace"))
+            except (ssl.SSLError, ValueError) as error:
+                raise UserError(f"tls.client_ca {self._client_ca!r}: no certificates in PEM: {error}") from error
+            context.verify_mode = ssl.CERT_REQUIRED
+            # who was let in once is not let in again by a ticket, when its authority does not hold any more
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
+        return certificate, context
 
 
 def open_tls(config: TlsConfig) -> Tls | None:
@@ -39,29 +96,10 @@ def open_tls(config: TlsConfig) -> Tls | None:
     if config.cert is UNSET or config.key is UNSET:
         named, missing = ("tls.key", "tls.cert") if config.cert is UNSET else ("tls.cert", "tls.key")
         raise UserError(f"{named}: needs {missing}, too; name both, or leave both out for plain HTTP")
-    cert, key = _read("tls.cert", config.cert), _read("tls.key", config.key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        # without a password it would be asked for at the terminal
-        context.load_cert_chain(config.cert, config.key, password="")
-    except (ssl.SSLError, ValueError) as error:
-        raise UserError(
-            f"tls.cert {config.cert!r}, tls.key {config.key!r}: no certificate with its key, both PEM, the key without "
-            f"a password: {error}"
-        ) from error
-    client_ca = None
-    if config.client_ca is not UNSET:
-        client_ca = _read("tls.client_ca", config.client_ca)
-        try:
-            context.load_verify_locations(config.client_ca)
-        except ssl.SSLError as error:
-            raise UserError(f"tls.client_ca {config.client_ca!r}: no certificates in PEM: {error}") from error
-        context.verify_mode = ssl.CERT_REQUIRED
-    return Tls(context, cert, key, client_ca, (config.cert, config.key))
+    return Tls(config.cert, config.key, None if config.client_ca is UNSET else config.client_ca)
 
 
-def _read(name: str, path: str) -> bytes:
+def _file(name: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:

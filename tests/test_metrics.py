@@ -17,6 +17,7 @@ from kvindex.config import TracingConfig
 from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.meanings import meaning_of
+from kvindex.renewal import Renewal
 from kvindex.spans import Spans
 from scorer import PrefixScorer, PrefixStore, Prompts
 
@@ -67,7 +68,12 @@ def client():
             pool,
             max_tokens=100,
             max_body_bytes=4096,
-            collectors=[access, Gate(access, max_under_way=1, max_bytes_under_way=1), spans],
+            collectors=[
+                access,
+                Gate(access, max_under_way=1, max_bytes_under_way=1),
+                Renewal({"tls": lambda: False}),
+                spans,
+            ],
         )
         with TestClient(app) as opened:
             ask(opened, "score")

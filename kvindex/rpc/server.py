@@ -185,14 +185,28 @@ class RpcServer:
         try:
             if self._tls is None:
                 return int(server.add_insecure_port(address))
-            credentials = grpc.ssl_server_credentials(
-                [(self._tls.key, self._tls.cert)],
-                root_certificates=self._tls.client_ca,
-                require_client_auth=self._tls.client_ca is not None,
-            )
-            return int(server.add_secure_port(address, credentials))
+            return int(server.add_secure_port(address, _credentials(self._tls)))
         except RuntimeError as error:
             raise UserError(f"grpc.port {self._port} on {self._host}: {error}; choose another") from error
+
+
+def _credentials(tls: Tls) -> Any:  # noqa: ANN401
+    """Give credentials that follow the certificate: each new connection asks for the one that holds."""
+    shown = tls.certificate
+
+    def said() -> Any:  # noqa: ANN401
+        return grpc.ssl_server_certificate_configuration([(shown.key, shown.cert)], root_certificates=shown.client_ca)
+
+    def renewed() -> Any:  # noqa: ANN401
+        nonlocal shown
+        if tls.certificate is shown:
+            return None
+        shown = tls.certificate
+        return said()
+
+    return grpc.dynamic_ssl_server_credentials(
+        said(), renewed, require_client_authentication=shown.client_ca is not None
+    )
 
 
 def _joined(host: str, port: int) -> str:
