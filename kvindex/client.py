@@ -1,4 +1,4 @@
-"""How our own programs ask a service: with its token, and trusting the authority that signed its certificate."""
+"""How our own programs ask a service: what they send and show, and whom they trust."""
 
 import os
 import ssl
@@ -6,7 +6,7 @@ import ssl
 import httpx
 
 from kvindex.access import usable_token
-from kvindex.config import TOKEN_VARIABLE
+from kvindex.config import CERT_VARIABLE, KEY_VARIABLE, TOKEN_VARIABLE
 from kvindex.errors import UserError
 
 
@@ -17,18 +17,19 @@ def open_client(
     certificate: tuple[str, str] | None = None,
     proxies: bool = True,
 ) -> httpx.Client:
-    """Make a client that sends a token, "" for none; `certificate` is a file and that of its key, to be shown.
-    `proxies` says whether those of the environment are used.
+    """Make a client that sends a token, "" for none, and shows a `certificate`, a file and that of its key, to who asks
+    for one: by default what `CERT_VARIABLE` and `KEY_VARIABLE` name. `proxies` says whether the environment's are
+    used.
 
     A server's certificate is held against the authorities in the file SSL_CERT_FILE or the folder SSL_CERT_DIR of the
     environment, else against the public ones. Raises `UserError` for a token that cannot be sent, and for authorities
     that cannot be read.
     """
     headers = {"Authorization": f"Bearer {usable_token(token, f'--token or {TOKEN_VARIABLE}')}"} if token else {}
-    return httpx.Client(headers=headers, timeout=timeout, verify=_authorities(certificate), trust_env=proxies)
+    return httpx.Client(headers=headers, timeout=timeout, verify=_context(certificate or _own()), trust_env=proxies)
 
 
-def _authorities(certificate: tuple[str, str] | None) -> ssl.SSLContext:
+def _context(certificate: tuple[str, str] | None) -> ssl.SSLContext:
     try:
         context = httpx.create_ssl_context()
     except OSError as error:
@@ -37,8 +38,22 @@ def _authorities(certificate: tuple[str, str] | None) -> ssl.SSLContext:
             f"{name} {os.environ.get(name)!r}: no certificates of authorities that can be read: {error}"
         ) from error
     if certificate is not None:
-        context.load_cert_chain(*certificate)
+        try:
+            context.load_cert_chain(*certificate, password="")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{CERT_VARIABLE} {certificate[0]!r}, {KEY_VARIABLE} {certificate[1]!r}: no certificate with its key, "
+                f"both PEM, the key without a password: {error}"
+            ) from error
     return context
+
+
+def _own() -> tuple[str, str] | None:
+    """Give the files of the environment's certificate and its key, which may be one."""
+    cert, key = os.environ.get(CERT_VARIABLE, ""), os.environ.get(KEY_VARIABLE, "")
+    if key and not cert:
+        raise UserError(f"{KEY_VARIABLE}: needs {CERT_VARIABLE}, too; name both, or leave both out")
+    return (cert, key or cert) if cert else None
 
 
 def refusal_of(url: str, response: httpx.Response) -> UserError | None:

@@ -20,7 +20,9 @@ from scorer import ModelSettings
 
 TOKEN_VARIABLE = "KVINDEX_TOKEN"  # noqa: S105  (where it is, not what)
 """What programs that ask a service send; no key of the service itself."""
-_NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE", TOKEN_VARIABLE}
+CERT_VARIABLE, KEY_VARIABLE = "KVINDEX_CLIENT_CERT", "KVINDEX_CLIENT_KEY"
+"""The files of what they show, the same way."""
+_NOT_KEYS = {"KVINDEX_CONFIG", "KVINDEX_IMPL", "KVINDEX_BUILD_NATIVE", TOKEN_VARIABLE, CERT_VARIABLE, KEY_VARIABLE}
 _LISTS = {"pods", "bind"}
 _JSON = {"tier_weights", "dns", "kubernetes", "sglang", "peers", "folders", "models", "aliases", "loras", "headers"}
 

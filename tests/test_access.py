@@ -499,6 +499,24 @@ def test_replicas_ask_each_other_with_what_they_have_themselves(certificates, tm
                 assert "401" in refusal["error"]
 
 
+def test_our_programs_show_the_certificate_of_the_environment(certificates, tmp_path):
+    settings = {"tls_cert": certificates.cert, "tls_key": certificates.key, "tls_client_ca": certificates.ca}
+    with service(tmp_path, **settings) as running:
+        trusting = {"SSL_CERT_FILE": certificates.ca}
+        for shown in ({}, {"KVINDEX_CLIENT_KEY": certificates.client}):
+            for program in (("score", "--url", running.url, "1"), ("doctor", "--url", running.url)):
+                shows = run(*program, **trusting, **shown, KVINDEX_CLIENT_CERT=certificates.client)
+                assert "no pod has said anything" in shows.stdout or "best: None" in shows.stdout, shows
+                assert run(*program, **trusting).returncode == 2
+        for wrong, named in (
+            ({"KVINDEX_CLIENT_KEY": certificates.client}, "KVINDEX_CLIENT_KEY: needs KVINDEX_CLIENT_CERT"),
+            ({"KVINDEX_CLIENT_CERT": certificates.cert}, "KVINDEX_CLIENT_CERT '"),
+            ({"KVINDEX_CLIENT_CERT": tmp_path / "nowhere"}, "No such file"),
+        ):
+            answer = run("score", "--url", running.url, "1", **trusting, **wrong)
+            assert (answer.returncode, named in answer.stderr, answer.stderr.count("\n")) == (2, True, 1), answer.stderr
+
+
 def test_a_fleet_checks_a_service_that_wants_a_token(tmp_path):
     with (
         Fleet(1, num_blocks=256) as fleet,
