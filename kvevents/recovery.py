@@ -9,19 +9,15 @@ nothing. So whenever something is asked for, it is asked for from the last messa
 sent it has it still, with the same bytes.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import xxhash
 
+from kvevents.actions import Action, Ask, Begin, Deliver, Doubt, Whole
+from kvevents.held import Held
 from kvevents.message import Message
-
-HELD_MESSAGES = 2_048
-HELD_BYTES = 4 * 1024 * 1024
-"""Live messages of one publisher that are held back; beyond that the oldest go, and are asked for like other lost
-ones."""
 
 SAID_MESSAGES = 16_384
 """Of how many messages of a replay it is remembered what they said, for live ones that come after it and say the same.
@@ -37,37 +33,6 @@ MOST_SILENCE_S = 60.0
 COOL_DOWN_S = 1.0
 MOST_COOL_DOWN_S = 60.0
 """How long nothing is asked for after a replay failed: first, and at most."""
-
-
-class Deliver(NamedTuple):
-    """Apply these, in this order."""
-
-    messages: list[Message]
-
-
-class Ask(NamedTuple):
-    """Ask for a replay from a number on. What an earlier one still says is of no interest any more."""
-
-    replay: int
-    start: int
-
-
-class Begin(NamedTuple):
-    """What follows is all that the cache ever held: forget what is known of it first."""
-
-    is_restart: bool
-    """Because the engine began anew, not because it says all of it again."""
-
-
-class Doubt(NamedTuple):
-    """Messages are missing, and asked for: until further notice what is known may be wrong."""
-
-
-class Whole(NamedTuple):
-    """Nothing is missing: what is known is all there is."""
-
-
-Action: TypeAlias = Deliver | Ask | Begin | Doubt | Whole
 
 
 class Position(NamedTuple):
@@ -132,20 +97,22 @@ class Recovery:
         """Digests of what replays said, by number, until live messages are past it: they may say the same."""
         self._replay: _Replay | None = None
         self._replays = 0
-        self._held: deque[Message] = deque()
-        self._held_bytes = 0
+        self._held = Held()
         self._ask_at = 0.0
         self._cool_down = COOL_DOWN_S
         self._heal_at = self._heal_next = 0.0
         self._heard_at = 0.0
         self._silence = SILENCE_S
-        self.dropped = 0
-        """Messages that were held back and had to go."""
         self.recovered = 0
         """Messages that came by a replay and were not known before."""
 
     def __repr__(self) -> str:
         return f"Recovery(last={self._last}, {'replaying' if self._replay else 'live'}, {len(self._held)} held)"
+
+    @property
+    def dropped(self) -> int:
+        """Messages that were held back and had to go."""
+        return self._held.dropped
 
     @property
     def is_active(self) -> bool:
@@ -206,7 +173,7 @@ class Recovery:
             return actions
         self.is_restored = False
         last, held = self._last, self._held
-        if held and not done.delivered and not done.is_idle and (last is None or held[0].seq > last + 1):
+        if held and not done.delivered and not done.is_idle and (last is None or held.first.seq > last + 1):
             return self.failed(replay, now)  # to ask again at once would be to ask for ever
         self._replay = None
         self._cool_down = COOL_DOWN_S
@@ -239,7 +206,7 @@ class Recovery:
     def connected(self, now: float) -> list[Action]:
         """Hear that the publisher's socket is connected, for the first time or again: it may be another publisher."""
         actions: list[Action] = []
-        self._drop_held()  # of the connection before
+        self._held.clear()  # of the connection before
         self._is_unsure = self._last is not None
         if self._replay is not None or self._may_ask(now):
             self._ask(self._start_or(_Why.CHECK), actions, now)
@@ -279,17 +246,17 @@ class Recovery:
     def _live(self, message: Message, actions: list[Action], now: float) -> None:
         seq, last = message.seq, self._last
         if self._replay is not None:
-            if self._held and seq <= self._held[-1].seq:
+            if self._held and seq <= self._held.last.seq:
                 self._restarted(message, actions, now)  # what is held is of the one before
             else:
-                self._hold(message)
+                self._held.add(message)
         elif last is None or seq > last + 1 or (seq == last + 1 and self._is_unsure):
             if not self._may_ask(now):
                 self._deliver(message, actions, now)
                 return
             if last is not None:
                 actions.append(Doubt())
-            self._hold(message)
+            self._held.add(message)
             self._ask(self._start_or(_Why.CHECK), actions, now)
         elif seq == last + 1:
             self._said.clear()
@@ -301,7 +268,7 @@ class Recovery:
         """Go on with a message of a publisher that began anew."""
         if self._may_ask(now):
             self._begin_anew(actions, now)
-            self._hold(message)
+            self._held.add(message)
         else:
             self._forget(actions, is_restart=True)
             self._deliver(message, actions, now)
@@ -338,19 +305,19 @@ class Recovery:
     def _fill(self, replay: _Replay, before: int, actions: list[Action], now: float, *, with_gaps: bool) -> None:
         """Deliver what is held of that which a replay lacks."""
         while self._held and self._last is not None:
-            seq = self._held[0].seq
+            seq = self._held.first.seq
             if not self._last < seq < before or (seq > self._last + 1 and not with_gaps):
                 return
-            self._deliver_replayed(replay, self._held[0], actions, now)
+            self._deliver_replayed(replay, self._held.first, actions, now)
 
     def _deliver_replayed(self, replay: _Replay, message: Message, actions: list[Action], now: float) -> None:
         digest = _digest_of(message)
-        while self._held and self._held[0].seq <= message.seq:
-            held = self._held[0]
+        while self._held and self._held.first.seq <= message.seq:
+            held = self._held.first
             if (digest if held.seq == message.seq else self._said.get(held.seq)) != _digest_of(held):
                 self._begin_anew(actions, now)  # it restarted while it was asked
                 return
-            self._unhold()
+            self._held.pop()
         replay.delivered += 1
         self.recovered += 1
         self._deliver(message, actions, now)
@@ -360,14 +327,12 @@ class Recovery:
 
     def _release(self, actions: list[Action], now: float) -> None:
         """Go on with what was held back."""
-        held = list(self._held)
-        self._drop_held()
-        for message in held:
+        for message in self._held.clear():
             self._live(message, actions, now)
 
     def _begin_anew(self, actions: list[Action], now: float) -> None:
         """Begin with a publisher that is not the one before. It still has what it said lately."""
-        self._drop_held()
+        self._held.clear()
         self._forget(actions, is_restart=True)
         self._ask(_Why.START, actions, now)
 
@@ -411,20 +376,6 @@ class Recovery:
     def _note(self, message: Message, now: float) -> None:
         self._last, self._digest = message.seq, _digest_of(message)
         self._heard_at = now
-
-    def _hold(self, message: Message) -> None:
-        self._held.append(message)
-        self._held_bytes += len(message.payload)
-        while len(self._held) > HELD_MESSAGES or (self._held_bytes > HELD_BYTES and len(self._held) > 1):
-            self._unhold()
-            self.dropped += 1
-
-    def _unhold(self) -> None:
-        self._held_bytes -= len(self._held.popleft().payload)
-
-    def _drop_held(self) -> None:
-        self._held.clear()
-        self._held_bytes = 0
 
 
 def _digest_of(message: Message) -> int:

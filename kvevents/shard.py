@@ -8,10 +8,11 @@ from typing import TypeAlias
 from structlog.typing import FilteringBoundLogger
 
 from indexer import Copies, Index, Source
+from kvevents.actions import Action, Ask, Begin, Deliver, Doubt, Whole
 from kvevents.apply import Applier, OnGap, first_of
 from kvevents.message import Message, Note, Publisher
 from kvevents.position import PodPosition, PublisherPosition, RankPosition
-from kvevents.recovery import Action, Ask, Begin, Deliver, Doubt, Recovery, Whole
+from kvevents.recovery import Recovery
 from kvevents.trust import ASKED_AGAIN, RECONNECTED, RESTORED, UNSURE
 
 AskAgain: TypeAlias = Callable[[Publisher, int, int], None]

@@ -7,21 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvevents import recovery as module
+from kvevents import held as holding
+from kvevents import recovery as recoveries
+from kvevents.actions import Ask, Begin, Deliver, Doubt, Whole
 from kvevents.message import Message
-from kvevents.recovery import (
-    COOL_DOWN_S,
-    MOST_COOL_DOWN_S,
-    MOST_SILENCE_S,
-    PATIENCE_S,
-    SILENCE_S,
-    Ask,
-    Begin,
-    Deliver,
-    Doubt,
-    Recovery,
-    Whole,
-)
+from kvevents.recovery import COOL_DOWN_S, MOST_COOL_DOWN_S, MOST_SILENCE_S, PATIENCE_S, SILENCE_S, Recovery
 from kvevents.stream import Stream, Verdict
 
 CONNECTED = "connected"
@@ -606,7 +596,7 @@ def test_gaps_and_restarts_are_followed_where_there_are_no_replays():
 @pytest.mark.parametrize(("name", "value"), [("HELD_MESSAGES", 3), ("HELD_BYTES", 17)])
 def test_what_is_held_back_is_bounded_and_the_oldest_is_asked_for_again(monkeypatch, name, value):
     world = following(3)
-    monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(holding, name, value)
     world.publish(2)
     world.publish(lost=True)
     world.hear()
@@ -616,17 +606,17 @@ def test_what_is_held_back_is_bounded_and_the_oldest_is_asked_for_again(monkeypa
     world.publish(8)
     world.hear()
     assert len(world.recovery._held) == 3
-    assert world.recovery._held_bytes == 15
+    assert world.recovery._held._bytes == 15
     assert world.recovery.dropped == 6
     world.read()
     assert told(world.asked) == ["ask 4", "ask 6"]
     world.serve()
     world.check_exact()
-    assert world.recovery._held_bytes == 0
+    assert world.recovery._held._bytes == 0
 
 
 def test_one_message_may_be_larger_than_all_that_is_held_back(monkeypatch):
-    monkeypatch.setattr(module, "HELD_BYTES", 3)
+    monkeypatch.setattr(holding, "HELD_BYTES", 3)
     recovery = Recovery()
     recovery.live(run(1), 0)
     assert (len(recovery._held), recovery.dropped) == (1, 0)
@@ -1074,7 +1064,7 @@ def play(world, ops):
 @given(st.lists(OPS, max_size=30), st.sampled_from([100, 100, 4, 2, 1]), st.sampled_from([100, 3, 1]), st.booleans())
 def test_what_is_called_exact_at_rest_is_and_what_can_be_had_becomes_exact(ops, ring, held, is_connected):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "HELD_MESSAGES", held)
+        patch.setattr(holding, "HELD_MESSAGES", held)
         world = World(ring)
         if is_connected:
             world.live.append(CONNECTED)
@@ -1191,7 +1181,7 @@ def test_it_is_behind_when_a_replay_stopped_in_the_middle():
 
 @pytest.mark.parametrize(("late_by", "asks"), [(3, 0), (4, 1)])
 def test_what_a_replay_said_is_remembered_for_as_long_as_it_may_come_again(monkeypatch, late_by, asks):
-    monkeypatch.setattr(module, "SAID_MESSAGES", 3)
+    monkeypatch.setattr(recoveries, "SAID_MESSAGES", 3)
     world = following(3)
     world.publish(6)
     late = list(world.live)
