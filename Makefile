@@ -47,7 +47,7 @@ test-python: $(READY) ## run them as if there were no compiled core
 	  -k 'not redis_server and not redis_cluster' $(ARGS)
 
 coverage: $(READY) ## see that the tests of replay and restarts take every branch of its decisions
-	$(BIN)/coverage run --data-file=build/.coverage --branch --include=kvevents/recovery.py,kvevents/held.py -m pytest -q tests/test_recovery.py
+	$(BIN)/coverage run --data-file=build/.coverage --branch --include=kvevents/recovery.py,kvevents/held.py -m pytest -q tests/test_recovery*.py
 	$(BIN)/coverage report --data-file=build/.coverage --show-missing --fail-under=100
 
 test-rust: ## run the core's own tests
