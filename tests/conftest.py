@@ -28,7 +28,7 @@ from indexer import (
     open_index,
     prompt,
 )
-from indexer.redis_cluster import ClusterStore
+from indexer.redis.cluster import ClusterStore
 
 from .redis_cluster import RedisCluster
 from .redis_server import BINARY, RedisServer

@@ -41,9 +41,14 @@ def wrong_arrows(source: str, package: str) -> list[str]:
         elif module != top and module not in ALSO_PUBLIC:
             problems.append(f"line {line}: import {top} through its root, not {module}")
         else:
-            submodules = [name for name in names if (ROOT / top / f"{name}.py").exists() and not exports(top, name)]
+            submodules = [name for name in names if is_module(top, name) and not exports(top, name)]
             problems += [f"line {line}: {name} is a module inside {top}, not one of its names" for name in submodules]
     return problems
+
+
+def is_module(package: str, name: str) -> bool:
+    place = ROOT / package / name
+    return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
 
 
 def exports(package: str, name: str) -> bool:
@@ -86,6 +91,7 @@ def test_a_package_shows_few_names_and_all_of_them_exist(package):
         ("scorer", "import kvevents"),
         ("scorer", "from indexer.base import Source"),
         ("scorer", "from indexer import ledger"),
+        ("kvindex", "from indexer import redis"),
         ("kvevents", "import indexer.memory"),
         ("kvindex", "from kvevents.pool import EventPool"),
     ],

@@ -27,12 +27,12 @@ from indexer import (
     Source,
     open_index,
     prompt,
-    redis_sweep,
 )
-from indexer.redis_layout import holders_of
-from indexer.redis_log import Replayed, log_blocks
-from indexer.redis_reader import AsyncRedisReader
-from indexer.redis_records import decode_records, pairs_of
+from indexer.redis import sweep
+from indexer.redis.layout import holders_of
+from indexer.redis.log import Replayed, log_blocks
+from indexer.redis.reader import AsyncRedisReader
+from indexer.redis.records import decode_records, pairs_of
 
 from . import test_threads as threads
 from .conftest import HAS_CORE, MODEL, NEEDS_REDIS, POD, block_names, blocks_in, names_in, removed, stored
@@ -219,7 +219,7 @@ class Fleet:
         until(lambda: nothing_waits(*self.builders), *self.builders)
         assert self.agree()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(redis_sweep, "_ORPHAN_S", 0.0)  # what was given up half-way leaves numbers, and else nothing
+            patch.setattr(sweep, "_ORPHAN_S", 0.0)  # what was given up half-way leaves numbers, and else nothing
             until(lambda: same_content(self.reader, self.memory), *self.builders)
         assert self.agree()
 
@@ -834,7 +834,7 @@ def test_a_full_server_says_what_it_has_no_room_for(server, monkeypatch):
         both("apply", pod, [removed(*range(3000, 4000))])
     for pod in pods[:4]:
         both("restart", pod)
-    monkeypatch.setattr(redis_sweep, "_ORPHAN_S", 0.0)
+    monkeypatch.setattr(sweep, "_ORPHAN_S", 0.0)
     until(lambda: nothing_waits(index) and same_content(index, memory), index)
     assert [holding.degraded for holding in reader.match(Prompt(text[pods[5]], MODEL))] == [""] * 6
 
@@ -843,7 +843,7 @@ def test_a_full_server_says_what_it_has_no_room_for(server, monkeypatch):
 
 
 def test_a_sweep_is_done_in_portions_by_whoever_comes(url, monkeypatch):
-    monkeypatch.setattr(redis_sweep, "_SWEEP_BYTES", 1000)
+    monkeypatch.setattr(sweep, "_SWEEP_BYTES", 1000)
     index = begun(url, [POD, Source("b")])
     for source in (POD, Source("b")):
         for number in range(40):
@@ -877,7 +877,7 @@ def test_a_sweep_is_done_in_portions_by_whoever_comes(url, monkeypatch):
 
 
 def test_a_log_entry_longer_than_a_portion_is_swept(url, monkeypatch):
-    monkeypatch.setattr(redis_sweep, "_SWEEP_BYTES", 100)
+    monkeypatch.setattr(sweep, "_SWEEP_BYTES", 100)
     index = begun(url, [POD])
     index.apply(POD, [stored(range(5000), [1] * 20_000), stored([6000], [2] * 4)])
     index.restart(POD)
@@ -902,7 +902,7 @@ def test_numbers_that_nobody_came_to_use_are_found(url, monkeypatch):
     monkeypatch.setattr(killed._directory, "publish_due", lambda: None)
     killed.apply(Source("b"), [stored([1, 2], [8] * 8)])
     assert blocks_in(index) == 3
-    monkeypatch.setattr(redis_sweep, "_ORPHAN_S", 0.0)
+    monkeypatch.setattr(sweep, "_ORPHAN_S", 0.0)
     index.expire()
     assert blocks_in(index) == 1
     index.register(Source("c"), model=MODEL)

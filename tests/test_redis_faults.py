@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from indexer import IndexUnavailable, Prompt, RedisIndex
-from indexer.redis_reader import AsyncRedisReader
+from indexer.redis.reader import AsyncRedisReader
 from kvevents.faults import Proxy
 
 from .conftest import MODEL, NEEDS_REDIS

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from indexer import AllBlocksCleared, IndexUnavailable, MemoryIndex, Source
-from indexer.redis_scripts import RELEASE_DYING
+from indexer.redis.scripts import RELEASE_DYING
 from kvevents.faults import Proxy
 
 from .conftest import MODEL, NEEDS_REDIS, removed, stored

@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 from indexer.base import Source
-from indexer.redis_layout import Layout, Names, field_of
-from indexer.redis_reader import Questions
-from indexer.redis_records import SlotRecord, SourceRecord, encode_record
-from indexer.redis_scripts import LEAVE, PUBLISH
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import FULL, Standing
-from indexer.redis_writer import Value, Write, Writer
+from indexer.redis.changes import Mirrors
+from indexer.redis.layout import Layout, Names, field_of
+from indexer.redis.reader import Questions
+from indexer.redis.records import SlotRecord, SourceRecord, encode_record
+from indexer.redis.scripts import LEAVE, PUBLISH
+from indexer.redis.standing import FULL, Standing
+from indexer.redis.writer import Value, Write, Writer
 from indexer.tracking import Tracked
 
 _Outlook: TypeAlias = tuple[str, bool, list[bool]]

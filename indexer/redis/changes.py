@@ -6,11 +6,11 @@ from typing import NamedTuple
 from indexer.events import EngineHash
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
-from indexer.redis_layout import Layout, Names, bit_of
-from indexer.redis_log import log_blocks, log_copies
-from indexer.redis_scripts import APPEND, AT_ONCE, HOLD, RELEASE, REPLACE
-from indexer.redis_standing import Standing
-from indexer.redis_writer import Write, Writer
+from indexer.redis.layout import Layout, Names, bit_of
+from indexer.redis.log import log_blocks, log_copies
+from indexer.redis.scripts import APPEND, AT_ONCE, HOLD, RELEASE, REPLACE
+from indexer.redis.standing import Standing
+from indexer.redis.writer import Write, Writer
 from indexer.tracking import Tracked
 
 _ENTRY = 4096

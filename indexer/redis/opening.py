@@ -1,9 +1,9 @@
 """From the URL of an index in Redis to its connection and its layout."""
 
-from indexer.redis_cluster import AsyncClusterStore, ClusterStore
-from indexer.redis_layout import PARTS, Layout
-from indexer.redis_store import AsyncServerStore, AsyncStore, ServerStore, Store
-from indexer.redis_url import RedisUrl
+from indexer.redis.cluster import AsyncClusterStore, ClusterStore
+from indexer.redis.layout import PARTS, Layout
+from indexer.redis.store import AsyncServerStore, AsyncStore, ServerStore, Store
+from indexer.redis.url import RedisUrl
 
 
 def open_store(url: RedisUrl) -> Store:

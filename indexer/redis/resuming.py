@@ -6,15 +6,15 @@ import structlog
 
 from indexer.groups import GroupSpec
 from indexer.ledger import Slot
-from indexer.redis_layout import Layout, Names, field_of
-from indexer.redis_log import Replayed
-from indexer.redis_numbers import Numbers
-from indexer.redis_ownership import Ownership
-from indexer.redis_records import SlotRecord, SourceRecord, decode_records
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import UNREADABLE, Standing
-from indexer.redis_store import Command, Store
-from indexer.redis_writer import Writer
+from indexer.redis.changes import Mirrors
+from indexer.redis.layout import Layout, Names, field_of
+from indexer.redis.log import Replayed
+from indexer.redis.numbers import Numbers
+from indexer.redis.ownership import Ownership
+from indexer.redis.records import SlotRecord, SourceRecord, decode_records
+from indexer.redis.standing import UNREADABLE, Standing
+from indexer.redis.store import Command, Store
+from indexer.redis.writer import Writer
 from indexer.tracking import Tracked
 
 

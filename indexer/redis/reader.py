@@ -16,11 +16,11 @@ from indexer.keys import BlockKey
 from indexer.ledger import Slot
 from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
 from indexer.prompt import Prompt
-from indexer.redis_layout import Layout, Names, holders_of
-from indexer.redis_opening import layout_of, open_async_store
-from indexer.redis_records import SourceRecord, decode_records, pairs_of
-from indexer.redis_store import Command
-from indexer.redis_url import parse_url
+from indexer.redis.layout import Layout, Names, holders_of
+from indexer.redis.opening import layout_of, open_async_store
+from indexer.redis.records import SourceRecord, decode_records, pairs_of
+from indexer.redis.store import Command
+from indexer.redis.url import parse_url
 
 T = TypeVar("T")
 Question: TypeAlias = Generator[list[Command], list[Any], T]

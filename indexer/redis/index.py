@@ -17,18 +17,18 @@ from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import IndexUnavailable
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
-from indexer.redis_directory import Directory
-from indexer.redis_numbers import Numbers
-from indexer.redis_opening import layout_of, open_store
-from indexer.redis_ownership import Ownership
-from indexer.redis_reader import Questions, ask
-from indexer.redis_resuming import Resumer
-from indexer.redis_rewriting import Rewriter
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import Standing
-from indexer.redis_sweep import Sweeper
-from indexer.redis_url import parse_url
-from indexer.redis_writer import Writer
+from indexer.redis.changes import Mirrors
+from indexer.redis.directory import Directory
+from indexer.redis.numbers import Numbers
+from indexer.redis.opening import layout_of, open_store
+from indexer.redis.ownership import Ownership
+from indexer.redis.reader import Questions, ask
+from indexer.redis.resuming import Resumer
+from indexer.redis.rewriting import Rewriter
+from indexer.redis.standing import Standing
+from indexer.redis.sweep import Sweeper
+from indexer.redis.url import parse_url
+from indexer.redis.writer import Writer
 from indexer.tracking import Tracked, TrackingIndex
 
 _BACKOFF_S = 0.05, 2.0

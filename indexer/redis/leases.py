@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 
-from indexer.redis_opening import layout_of, open_store
-from indexer.redis_scripts import QUIT, SHARE
-from indexer.redis_url import parse_url
+from indexer.redis.opening import layout_of, open_store
+from indexer.redis.scripts import QUIT, SHARE
+from indexer.redis.url import parse_url
 
 
 class Leases:

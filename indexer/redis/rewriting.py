@@ -7,15 +7,15 @@ import structlog
 from indexer.base import Source
 from indexer.errors import IndexUnavailable
 from indexer.ledger import Slot
-from indexer.redis_directory import Directory
-from indexer.redis_layout import MAX_SLOTS, Layout, Names, field_of
-from indexer.redis_numbers import Numbers
-from indexer.redis_ownership import Ownership
-from indexer.redis_records import decode_records
-from indexer.redis_slots import Mirrors, copies_of, holds
-from indexer.redis_standing import Standing
-from indexer.redis_store import Store
-from indexer.redis_writer import Write, Writer, builder_of
+from indexer.redis.changes import Mirrors, copies_of, holds
+from indexer.redis.directory import Directory
+from indexer.redis.layout import MAX_SLOTS, Layout, Names, field_of
+from indexer.redis.numbers import Numbers
+from indexer.redis.ownership import Ownership
+from indexer.redis.records import decode_records
+from indexer.redis.standing import Standing
+from indexer.redis.store import Store
+from indexer.redis.writer import Write, Writer, builder_of
 from indexer.tracking import Tracked
 
 _AT_A_TIME = 64

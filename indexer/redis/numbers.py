@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from indexer.errors import IndexUnavailable
-from indexer.redis_layout import MAX_SLOTS, Names
-from indexer.redis_scripts import CLAIM, TAKE_SLOT
-from indexer.redis_store import Command, Store
-from indexer.redis_writer import Writer
+from indexer.redis.layout import MAX_SLOTS, Names
+from indexer.redis.scripts import CLAIM, TAKE_SLOT
+from indexer.redis.store import Command, Store
+from indexer.redis.writer import Writer
 
 _TRIED = 8
 """Slot numbers of which something may be left somewhere before none is taken for now."""

@@ -5,13 +5,13 @@ from collections.abc import Collection, Sequence
 import structlog
 
 from indexer.errors import IndexUnavailable
-from indexer.redis_layout import Layout
-from indexer.redis_numbers import Numbers
-from indexer.redis_scripts import SWAP
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import Standing
-from indexer.redis_store import Store
-from indexer.redis_writer import Write, Writer, Written
+from indexer.redis.changes import Mirrors
+from indexer.redis.layout import Layout
+from indexer.redis.numbers import Numbers
+from indexer.redis.scripts import SWAP
+from indexer.redis.standing import Standing
+from indexer.redis.store import Store
+from indexer.redis.writer import Write, Writer, Written
 from indexer.tracking import Tracked
 
 
