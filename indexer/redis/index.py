@@ -20,14 +20,13 @@ from indexer.prompt import Prompt
 from indexer.redis.changes import Mirrors
 from indexer.redis.directory import Directory
 from indexer.redis.numbers import Numbers
-from indexer.redis.opening import layout_of, open_store
+from indexer.redis.opening import opened
 from indexer.redis.ownership import Ownership
 from indexer.redis.reader import Questions, ask
 from indexer.redis.resuming import Resumer
 from indexer.redis.rewriting import Rewriter
 from indexer.redis.standing import Standing
 from indexer.redis.sweep import Sweeper
-from indexer.redis.url import parse_url
 from indexer.redis.writer import Writer
 from indexer.tracking import Tracked, TrackingIndex
 
@@ -48,9 +47,7 @@ class RedisIndex(TrackingIndex):
 
     def __init__(self, url: str, limits: Limits | None = None, *, buffer_bytes: int = 64 * 1024 * 1024) -> None:
         super().__init__(limits)
-        parsed = parse_url(url)
-        self._store = open_store(parsed)
-        self._layout = layout_of(parsed)
+        self._store, self._layout = opened(url)
         self._questions = Questions(self._layout, self._limits.block_sizes)
         self._log = structlog.get_logger("indexer")
         self._buffer_bytes = buffer_bytes

@@ -17,10 +17,9 @@ from indexer.ledger import Slot
 from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
 from indexer.prompt import Prompt
 from indexer.redis.layout import Layout, Names, holders_of
-from indexer.redis.opening import layout_of, open_async_store
+from indexer.redis.opening import opened_async
 from indexer.redis.records import SourceRecord, decode_records, pairs_of
 from indexer.redis.store import Command
-from indexer.redis.url import parse_url
 
 T = TypeVar("T")
 Question: TypeAlias = Generator[list[Command], list[Any], T]
@@ -141,9 +140,8 @@ class AsyncRedisReader:
     """Questions to an index in Redis from an event loop; it follows no sources. `url` as for `RedisIndex`."""
 
     def __init__(self, url: str, limits: Limits | None = None) -> None:
-        parsed = parse_url(url)
-        self._store = open_async_store(parsed)
-        self._questions = Questions(layout_of(parsed), (limits or Limits()).block_sizes)
+        self._store, layout = opened_async(url)
+        self._questions = Questions(layout, (limits or Limits()).block_sizes)
 
     async def match(
         self,
