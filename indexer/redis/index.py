@@ -17,9 +17,9 @@ from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import IndexUnavailable
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
-from indexer.redis.changes import Mirrors
+from indexer.redis.builder import Builder
+from indexer.redis.changes import Changes
 from indexer.redis.directory import Directory
-from indexer.redis.numbers import Numbers
 from indexer.redis.opening import opened
 from indexer.redis.ownership import Ownership
 from indexer.redis.reader import Questions, ask
@@ -52,36 +52,14 @@ class RedisIndex(TrackingIndex):
         self._log = structlog.get_logger("indexer")
         self._buffer_bytes = buffer_bytes
         self._writer = Writer(self._store)
-        self._sweeper = Sweeper(self._store, self._layout, self._writer)
         self._standing = Standing(self._tracked)
-        self._numbers = Numbers(self._store, self._writer)
-        self._mirrors = Mirrors(self._layout, self._writer, self._standing)
-        self._directory = Directory(
-            self._layout, self._writer, self._mirrors, self._standing, self._questions, self._bare_models
-        )
-        self._ownership = Ownership(
-            self._store, self._layout, self._writer, self._standing, self._numbers, self._mirrors
-        )
-        self._rewriter = Rewriter(
-            self._store,
-            self._layout,
-            self._writer,
-            self._standing,
-            self._numbers,
-            self._mirrors,
-            self._directory,
-            self._ownership,
-        )
-        self._resumer = Resumer(
-            self._store,
-            self._layout,
-            self._writer,
-            self._standing,
-            self._numbers,
-            self._mirrors,
-            self._ownership,
-            self._bare_models,
-        )
+        self._sweeper = Sweeper(self._store, self._layout, self._writer)
+        builder = Builder(self._store, self._layout, self._writer, self._standing)
+        self._changes = Changes(builder)
+        self._directory = Directory(builder, self._questions, self._bare_models)
+        self._ownership = Ownership(builder)
+        self._rewriter = Rewriter(builder, self._ownership, self._directory)
+        self._resumer = Resumer(builder, self._ownership)
         self._retry_at = 0.0
         self._backoff = _BACKOFF_S[0]
         self._counters.update(dict.fromkeys(("write_failures_total", "rewritten_total", "swept_total"), 0))
@@ -127,7 +105,7 @@ class RedisIndex(TrackingIndex):
             self._retry_at = 0.0
             self._flush()
             self._tracked.clear()
-            self._mirrors.clear()
+            self._standing.clear_slots()
         self._store.close()
 
     # ---- events
@@ -163,7 +141,7 @@ class RedisIndex(TrackingIndex):
     def _change(self, tracked: Tracked, changes: list[Change]) -> None:
         if not self._standing.is_unwritten(tracked):
             self._directory.note(tracked)
-            self._mirrors.change(tracked, changes)
+            self._changes.change(tracked, changes)
 
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
         number = -1
@@ -171,13 +149,13 @@ class RedisIndex(TrackingIndex):
             if not self._standing.is_unwritten(tracked) and time.monotonic() < self._retry_at:
                 self._standing.call_stale(tracked)
             elif not self._standing.is_unwritten(tracked):
-                number = self._numbers.take(self._layout.of(tracked.model))
+                number = self._ownership.take_number(self._layout.of(tracked.model))
                 if number < 0:
                     return False
         except IndexUnavailable as error:
             self._failed(error)
             self._standing.call_stale(tracked)
-        self._mirrors.add(slot, number)
+        self._standing.add_slot(slot, number)
         self._layout_changed(tracked)
         slot.bit = 1 << max(number, 0)
         return True
@@ -194,17 +172,17 @@ class RedisIndex(TrackingIndex):
     def _applied(self, tracked: Tracked) -> None:
         if not self._standing.is_followed(tracked):
             return
-        self._mirrors.settle()
+        self._changes.settle()
         self._directory.note(tracked)
         if not self._standing.is_unwritten(tracked):
-            self._mirrors.compact(tracked)
+            self._changes.compact(tracked)
         self._flush()
 
     def _reclaim(self, tracked: Tracked, slots: Iterable[Slot]) -> None:
         """Leave slots to the sweep, in the step that takes them out of their source's record."""
         with self._lock:
-            self._mirrors.settle()
-            numbers = self._mirrors.drop(slots)
+            self._changes.settle()
+            numbers = self._standing.drop_slots(slots)
             if self._standing.is_followed(tracked) and not self._standing.is_unwritten(tracked):
                 self._directory.publish(tracked, numbers)
             else:  # they go when it is written anew, or leaves, with all that its record says
@@ -217,23 +195,25 @@ class RedisIndex(TrackingIndex):
             self._flush()
             for source in [source for source in self._tracked if source.pod == pod]:
                 tracked = self._tracked.pop(source)
-                self._mirrors.drop(tracked.ledger.slots.values())
                 self._directory.release(source)
-                self._standing.release(source)
+                self._standing.release(tracked)
 
     # ---- writing
 
     def _resume(self, tracked: Tracked) -> None:
         try:
-            self._resumer.resume(tracked)
+            record = self._resumer.resume(tracked)
         except IndexUnavailable as error:
             self._failed(error)
             # what is there is replaced when Redis answers
             self._standing.call_stale(tracked, is_claimed=False)
+        else:
+            if record is not None and record.bare_images:
+                self._bare_models.add(tracked.model)
 
     def _flush(self, *, look: bool = False) -> None:
         """Write what is due, or leave it for later; `look` whether Redis still has what we wrote, if nothing is due."""
-        self._mirrors.settle()
+        self._changes.settle()
         if time.monotonic() < self._retry_at:
             self._keep_within_bounds()
             return
@@ -251,12 +231,12 @@ class RedisIndex(TrackingIndex):
             written = self._writer.write_due()
             look = False
             if not self._writer.is_due:
-                self._mirrors.note_published()
+                self._standing.note_published()
             self._ownership.judge(written)
         if look and self._writer.has_written:
             self._rewriter.note_models()
             self._ownership.judge(self._writer.look())
-        self._numbers.mark()
+        self._ownership.mark_numbers()
         for tracked in self._standing.unshed():
             if self._writer.is_full:
                 self._rewriter.shed(tracked)
@@ -267,9 +247,7 @@ class RedisIndex(TrackingIndex):
             self._rewriter.take_out(tracked)
 
     def _failed(self, error: IndexUnavailable) -> None:
-        for tracked in self._standing.followed:
-            if tracked.source not in self._standing.lost and not self._mirrors.are_published(tracked):
-                self._standing.call_stale(tracked)
+        self._standing.call_unpublished_stale()
         self._counters["write_failures_total"] += 1
         self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._writer.due_bytes)
         self._writer.fail()
