@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,18 @@ def test_every_arrow_points_the_right_way(package):
         for problem in wrong_arrows(file.read_text(encoding="utf-8"), package)
     ]
     assert not problems, "\n".join(problems)
+
+
+def test_parts_of_the_index_in_redis_know_only_those_that_its_docstring_names_before_them():
+    package = importlib.import_module("indexer.redis")
+    named = re.findall("`(.+?)`", package.__doc__)
+    files = {file.stem: file for file in modules_of("indexer/redis") if file.stem != "__init__"}
+    assert sorted(named) == sorted(files)
+    for place, name in enumerate(named):
+        imports = imported_modules(files[name].read_text(encoding="utf-8"), "indexer.redis")
+        known = {module.removeprefix("indexer.redis.") for _, module, _ in imports if "indexer.redis." in module}
+        known |= {taken for _, module, names in imports if module == "indexer.redis" for taken in names}
+        assert known <= set(named[:place]), name
 
 
 @pytest.mark.parametrize("package", ["indexer", "kvevents", "scorer"])

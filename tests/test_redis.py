@@ -813,7 +813,7 @@ def test_a_full_server_says_what_it_has_no_room_for(server, monkeypatch):
         for one in (index, memory):
             getattr(one, what)(*args)
         for _ in range(3):
-            index._retry_at = 0.0
+            index._flusher.retry_at = 0.0
             index.expire()
         for pod, tokens in text.items():
             found, expected = (by_source(one.match(Prompt(tokens, MODEL)))[pod] for one in (reader, memory))

@@ -130,7 +130,7 @@ def test_nodes_whose_older_copies_take_over(redis_place, seed, steps):
             restore(clients[number], kept[number])
     # blocks of slots that were swept since may be back in a node; nobody sees them, and who takes the number finds them
     # a builder that pauses after a failure has nothing that waits, and has not looked either
-    until(lambda: all(time.monotonic() > builder._retry_at for builder in fleet.builders))
+    until(lambda: all(time.monotonic() > builder._flusher.retry_at for builder in fleet.builders))
     until(lambda: nothing_waits(*fleet.builders), *fleet.builders)
     for _ in range(5):
         assert fleet.agree()

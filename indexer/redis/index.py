@@ -6,12 +6,7 @@ goes on. What could not be written waits within bounds; where that is not enough
 source is written anew from its ledger. So a fault costs time, never truth.
 """
 
-import time
 from collections.abc import Collection, Iterable
-from contextlib import suppress
-
-import structlog
-from redis.exceptions import OutOfMemoryError
 
 from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import IndexUnavailable
@@ -20,17 +15,13 @@ from indexer.prompt import Prompt
 from indexer.redis.builder import Builder
 from indexer.redis.changes import Changes
 from indexer.redis.directory import Directory
+from indexer.redis.flushing import Flusher
 from indexer.redis.opening import opened
-from indexer.redis.ownership import Ownership
 from indexer.redis.reader import Questions, ask
-from indexer.redis.resuming import Resumer
-from indexer.redis.rewriting import Rewriter
 from indexer.redis.standing import Standing
 from indexer.redis.sweep import Sweeper
 from indexer.redis.writer import Writer
 from indexer.tracking import Tracked, TrackingIndex
-
-_BACKOFF_S = 0.05, 2.0
 
 
 class RedisIndex(TrackingIndex):
@@ -48,20 +39,16 @@ class RedisIndex(TrackingIndex):
     def __init__(self, url: str, limits: Limits | None = None, *, buffer_bytes: int = 64 * 1024 * 1024) -> None:
         super().__init__(limits)
         self._store, self._layout = opened(url)
-        self._questions = Questions(self._layout, self._limits.block_sizes)
-        self._log = structlog.get_logger("indexer")
-        self._buffer_bytes = buffer_bytes
         self._writer = Writer(self._store)
         self._standing = Standing(self._tracked)
+        self._questions = Questions(self._layout, self._limits.block_sizes)
         self._sweeper = Sweeper(self._store, self._layout, self._writer)
         builder = Builder(self._store, self._layout, self._writer, self._standing)
         self._changes = Changes(builder)
         self._directory = Directory(builder, self._questions, self._bare_models)
-        self._ownership = Ownership(builder)
-        self._rewriter = Rewriter(builder, self._ownership, self._directory)
-        self._resumer = Resumer(builder, self._ownership)
-        self._retry_at = 0.0
-        self._backoff = _BACKOFF_S[0]
+        self._flusher = Flusher(
+            builder, self._changes, self._directory, counters=self._counters, buffer_bytes=buffer_bytes
+        )
         self._counters.update(dict.fromkeys(("write_failures_total", "rewritten_total", "swept_total"), 0))
 
     def __repr__(self) -> str:
@@ -102,8 +89,8 @@ class RedisIndex(TrackingIndex):
     def close(self) -> None:
         """Write what is due and give the connections back. The sources stay in Redis: another builder goes on."""
         with self._lock:
-            self._retry_at = 0.0
-            self._flush()
+            self._flusher.retry_at = 0.0
+            self._flusher.flush()
             self._tracked.clear()
             self._standing.clear_slots()
         self._store.close()
@@ -117,14 +104,16 @@ class RedisIndex(TrackingIndex):
         with self._lock:
             is_new = source not in self._tracked
             if source in self._standing.gone:
-                self._flush()
+                self._flusher.flush()
             super().register(source, model=model, copies=copies, fleet_wide=fleet_wide)
             if is_new:
                 if source in self._standing.gone:  # Redis still has what was forgotten
                     self._standing.call_stale(self._tracked[source], is_claimed=False)
                 else:
-                    self._resume(self._tracked[source])
-                self._flush()
+                    record = self._flusher.resume(self._tracked[source])
+                    if record is not None and record.bare_images:
+                        self._bare_models.add(model)
+                self._flusher.flush()
             if degraded and is_new:
                 self.degrade(source, degraded)
 
@@ -132,7 +121,7 @@ class RedisIndex(TrackingIndex):
         """Drop blocks that outlived their time, write what waits, and sweep a little, see `Index.expire`."""
         super().expire()
         with self._lock:
-            self._flush(look=True)
+            self._flusher.flush(look=True)
         try:
             self.sweep()
         except IndexUnavailable:
@@ -144,17 +133,9 @@ class RedisIndex(TrackingIndex):
             self._changes.change(tracked, changes)
 
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
-        number = -1
-        try:
-            if not self._standing.is_unwritten(tracked) and time.monotonic() < self._retry_at:
-                self._standing.call_stale(tracked)
-            elif not self._standing.is_unwritten(tracked):
-                number = self._ownership.take_number(self._layout.of(tracked.model))
-                if number < 0:
-                    return False
-        except IndexUnavailable as error:
-            self._failed(error)
-            self._standing.call_stale(tracked)
+        number = self._flusher.take_number(tracked)
+        if number is None:
+            return False
         self._standing.add_slot(slot, number)
         self._layout_changed(tracked)
         slot.bit = 1 << max(number, 0)
@@ -167,7 +148,7 @@ class RedisIndex(TrackingIndex):
 
     def _trust_changed(self, tracked: Tracked) -> None:
         self._layout_changed(tracked)
-        self._flush()
+        self._flusher.flush()
 
     def _applied(self, tracked: Tracked) -> None:
         if not self._standing.is_followed(tracked):
@@ -176,7 +157,7 @@ class RedisIndex(TrackingIndex):
         self._directory.note(tracked)
         if not self._standing.is_unwritten(tracked):
             self._changes.compact(tracked)
-        self._flush()
+        self._flusher.flush()
 
     def _reclaim(self, tracked: Tracked, slots: Iterable[Slot]) -> None:
         """Leave slots to the sweep, in the step that takes them out of their source's record."""
@@ -187,81 +168,16 @@ class RedisIndex(TrackingIndex):
                 self._directory.publish(tracked, numbers)
             else:  # they go when it is written anew, or leaves, with all that its record says
                 self._standing.note_begun(tracked.source, numbers, self._writer.me)
-            self._flush()
+            self._flusher.flush()
 
     def release(self, pod: str) -> None:
         """Stop following a pod and leave what it holds in Redis to the builder that follows it from now on."""
         with self._lock:
-            self._flush()
+            self._flusher.flush()
             for source in [source for source in self._tracked if source.pod == pod]:
                 tracked = self._tracked.pop(source)
                 self._directory.release(source)
                 self._standing.release(tracked)
-
-    # ---- writing
-
-    def _resume(self, tracked: Tracked) -> None:
-        try:
-            record = self._resumer.resume(tracked)
-        except IndexUnavailable as error:
-            self._failed(error)
-            # what is there is replaced when Redis answers
-            self._standing.call_stale(tracked, is_claimed=False)
-        else:
-            if record is not None and record.bare_images:
-                self._bare_models.add(tracked.model)
-
-    def _flush(self, *, look: bool = False) -> None:
-        """Write what is due, or leave it for later; `look` whether Redis still has what we wrote, if nothing is due."""
-        self._changes.settle()
-        if time.monotonic() < self._retry_at:
-            self._keep_within_bounds()
-            return
-        try:
-            self._write(look=look)
-            self._backoff = _BACKOFF_S[0]
-        except IndexUnavailable as error:
-            self._failed(error)
-
-    def _write(self, *, look: bool) -> None:
-        if self._writer.is_new_epoch:
-            self._ownership.begin_epoch()
-        self._directory.publish_due()
-        while self._writer.is_due:
-            written = self._writer.write_due()
-            look = False
-            if not self._writer.is_due:
-                self._standing.note_published()
-            self._ownership.judge(written)
-        if look and self._writer.has_written:
-            self._rewriter.note_models()
-            self._ownership.judge(self._writer.look())
-        self._ownership.mark_numbers()
-        for tracked in self._standing.unshed():
-            if self._writer.is_full:
-                self._rewriter.shed(tracked)
-        # later than what was due: in that may be what these sources were before
-        for tracked in list(self._standing.stale.values()):
-            self._counters["rewritten_total"] += self._rewriter.rewrite(tracked)
-        for tracked in list(self._standing.gone.values()):
-            self._rewriter.take_out(tracked)
-
-    def _failed(self, error: IndexUnavailable) -> None:
-        self._standing.call_unpublished_stale()
-        self._counters["write_failures_total"] += 1
-        self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._writer.due_bytes)
-        self._writer.fail()
-        if isinstance(error.__cause__, OutOfMemoryError) and not self._writer.is_full:
-            with suppress(IndexUnavailable):
-                self._writer.note_full()
-        self._retry_at = time.monotonic() + self._backoff
-        self._backoff = min(2 * self._backoff, _BACKOFF_S[1])
-        self._keep_within_bounds()
-
-    def _keep_within_bounds(self) -> None:
-        if self._writer.due_bytes > self._buffer_bytes:
-            self._writer.drop()
-            self._ownership.call_all_stale()
 
     def sweep(self, budget: int = 16) -> int:
         """Take blocks that nobody sees any more out of Redis, see `Sweeper.sweep`. Raises `IndexUnavailable`."""
