@@ -13,7 +13,8 @@ from redis.crc import key_slot
 from indexer import AsyncRedisReader, IndexUnavailable, MemoryIndex, Prompt, RedisIndex, Source
 
 from .conftest import MODEL, NEEDS_REDIS, POD, stored
-from .test_redis import Fleet, begun, by_source, nothing_waits, same_content, somewhere, tokens_of, until
+from .redis_fleet import Fleet, begun, by_source, nothing_waits, same_content, tokens_of, until
+from .redis_server import somewhere
 
 pytestmark = NEEDS_REDIS
 
