@@ -25,9 +25,9 @@ from indexer.memory import MemoryIndex
 from indexer.opening import open_index
 
 if TYPE_CHECKING:
-    from indexer.redis_index import RedisIndex
-    from indexer.redis_leases import Leases
-    from indexer.redis_reader import AsyncRedisReader
+    from indexer.redis.index import RedisIndex
+    from indexer.redis.leases import Leases
+    from indexer.redis.reader import AsyncRedisReader
 
 __all__ = [
     "UNREACHABLE",
@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-_LAZY = {"AsyncRedisReader": "redis_reader", "Leases": "redis_leases", "RedisIndex": "redis_index"}
+_LAZY = {"AsyncRedisReader": "redis.reader", "Leases": "redis.leases", "RedisIndex": "redis.index"}
 
 
 def __getattr__(name: str) -> object:

@@ -7,7 +7,7 @@ from indexer import _impl
 from indexer.base import Index, Limits
 from indexer.errors import InvalidQuestion
 from indexer.memory import MemoryIndex
-from indexer.redis_url import SCHEMES
+from indexer.redis.url import SCHEMES
 
 
 def open_index(url: str = "memory://", *, limits: Limits | None = None) -> Index:
@@ -21,7 +21,7 @@ def open_index(url: str = "memory://", *, limits: Limits | None = None) -> Index
     Raises `InvalidQuestion` for a URL that names no index of this version, or a core that is not installed.
     """
     if url.partition("://")[0].lower() in SCHEMES:
-        from indexer.redis_index import RedisIndex
+        from indexer.redis.index import RedisIndex
 
         return RedisIndex(url, limits)
     secret, at, rest = url.rpartition("@")

@@ -28,10 +28,10 @@ from indexer import (
     open_index,
     prompt,
 )
-from indexer.redis_cluster import ClusterStore
+from indexer.redis.cluster import ClusterStore
 
 from .redis_cluster import RedisCluster
-from .redis_server import BINARY, RedisServer
+from .redis_server import BINARY, RedisServer, somewhere
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("*.jsonl"))
 MODEL = "test/model"
@@ -188,6 +188,21 @@ def redis_cluster(tmp_path_factory) -> Iterator[RedisCluster]:
 def redis_place(request) -> RedisServer | RedisCluster:
     """One server, and a cluster."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def redis_url(redis_place) -> str:
+    """An empty index in Redis, of each kind."""
+    return somewhere(redis_place)
+
+
+@pytest.fixture
+def own_server(tmp_path) -> Iterator[RedisServer]:
+    """A Redis that a test may harm."""
+    server = RedisServer(tmp_path)
+    yield server
+    server.thaw()
+    server.kill()
 
 
 @pytest.fixture(

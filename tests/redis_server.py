@@ -1,5 +1,6 @@
 """A Redis of the tests' own: on a free port of loopback, without files, and it ends with them."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import redis
 
 BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
+_NUMBERS = itertools.count()
 
 
 class RedisServer:
@@ -58,3 +60,8 @@ class RedisServer:
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+
+
+def somewhere(server) -> str:
+    """The URL of an index in a server or a cluster, with a prefix that nobody has used."""
+    return f"{server.url}?prefix=t{next(_NUMBERS)}:&timeout=5"

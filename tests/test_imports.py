@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,14 @@ def wrong_arrows(source: str, package: str) -> list[str]:
         elif module != top and module not in ALSO_PUBLIC:
             problems.append(f"line {line}: import {top} through its root, not {module}")
         else:
-            submodules = [name for name in names if (ROOT / top / f"{name}.py").exists() and not exports(top, name)]
+            submodules = [name for name in names if is_module(top, name) and not exports(top, name)]
             problems += [f"line {line}: {name} is a module inside {top}, not one of its names" for name in submodules]
     return problems
+
+
+def is_module(package: str, name: str) -> bool:
+    place = ROOT / package / name
+    return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
 
 
 def exports(package: str, name: str) -> bool:
@@ -66,6 +72,18 @@ def test_every_arrow_points_the_right_way(package):
     assert not problems, "\n".join(problems)
 
 
+def test_parts_of_the_index_in_redis_know_only_those_that_its_docstring_names_before_them():
+    package = importlib.import_module("indexer.redis")
+    named = re.findall("`(.+?)`", package.__doc__)
+    files = {file.stem: file for file in modules_of("indexer/redis") if file.stem != "__init__"}
+    assert sorted(named) == sorted(files)
+    for place, name in enumerate(named):
+        imports = imported_modules(files[name].read_text(encoding="utf-8"), "indexer.redis")
+        known = {module.removeprefix("indexer.redis.") for _, module, _ in imports if "indexer.redis." in module}
+        known |= {taken for _, module, names in imports if module == "indexer.redis" for taken in names}
+        assert known <= set(named[:place]), name
+
+
 @pytest.mark.parametrize("package", ["indexer", "kvevents", "scorer"])
 def test_a_package_shows_few_names_and_all_of_them_exist(package):
     root = importlib.import_module(package)
@@ -86,6 +104,7 @@ def test_a_package_shows_few_names_and_all_of_them_exist(package):
         ("scorer", "import kvevents"),
         ("scorer", "from indexer.base import Source"),
         ("scorer", "from indexer import ledger"),
+        ("kvindex", "from indexer import redis"),
         ("kvevents", "import indexer.memory"),
         ("kvindex", "from kvevents.pool import EventPool"),
     ],

@@ -10,7 +10,8 @@ import yaml
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from indexer import open_index, redis_standing
+from indexer import open_index
+from indexer.redis import standing
 from kvevents import EventPool, Message, trust
 from kvindex.access import Access
 from kvindex.config import TracingConfig
@@ -280,7 +281,7 @@ def test_the_alerts_are_those_of_the_table(exposed):
 
 
 def test_every_reason_has_its_row():
-    sources = [trust.__file__, redis_standing.__file__, ROOT / "indexer/ledger.py", ROOT / "scorer/observing.py"]
+    sources = [trust.__file__, standing.__file__, ROOT / "indexer/ledger.py", ROOT / "scorer/observing.py"]
     texts = [text for source in sources for text in re.findall(r'"((?:[a-z]+ ?){1,3}): ', Path(source).read_text())]
     reasons = {text for text in texts if text} | {"unreachable", "over max_bytes"}
     rows = set(re.findall(r"^\| `([a-z_ ]+)` \|", OPERATIONS, re.MULTILINE))

@@ -13,7 +13,8 @@ from redis.crc import key_slot
 from indexer import AsyncRedisReader, IndexUnavailable, MemoryIndex, Prompt, RedisIndex, Source
 
 from .conftest import MODEL, NEEDS_REDIS, POD, stored
-from .test_redis import Fleet, begun, by_source, nothing_waits, same_content, somewhere, tokens_of, until
+from .redis_fleet import Fleet, begun, by_source, nothing_waits, same_content, tokens_of, until
+from .redis_server import somewhere
 
 pytestmark = NEEDS_REDIS
 
@@ -130,7 +131,7 @@ def test_nodes_whose_older_copies_take_over(redis_place, seed, steps):
             restore(clients[number], kept[number])
     # blocks of slots that were swept since may be back in a node; nobody sees them, and who takes the number finds them
     # a builder that pauses after a failure has nothing that waits, and has not looked either
-    until(lambda: all(time.monotonic() > builder._retry_at for builder in fleet.builders))
+    until(lambda: all(time.monotonic() > builder._flusher.retry_at for builder in fleet.builders))
     until(lambda: nothing_waits(*fleet.builders), *fleet.builders)
     for _ in range(5):
         assert fleet.agree()

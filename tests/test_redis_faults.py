@@ -8,29 +8,20 @@ from contextlib import suppress
 import pytest
 
 from indexer import IndexUnavailable, Prompt, RedisIndex
-from indexer.redis_reader import AsyncRedisReader
+from indexer.redis.reader import AsyncRedisReader
 from kvevents.faults import Proxy
 
 from .conftest import MODEL, NEEDS_REDIS
-from .redis_server import RedisServer
+from .redis_fleet import FLEET, Fleet, by_source, nothing_waits, same_content
 from .test_differential import question
-from .test_redis import FLEET, Fleet, by_source, nothing_waits, same_content
 
 pytestmark = NEEDS_REDIS
 
 
 @pytest.fixture
-def server(tmp_path):
-    """A server of the test's own."""
-    server = RedisServer(tmp_path)
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def proxy(server):
+def proxy(own_server):
     """What lies between the index and the server."""
-    with Proxy("127.0.0.1", server.port) as proxy:
+    with Proxy("127.0.0.1", own_server.port) as proxy:
         yield proxy
 
 
@@ -74,9 +65,9 @@ def same_in_an_event_loop(fleet, url, questions=40):
     return list(map(by_source, asyncio.run(ask()))) == list(map(by_source, expected))
 
 
-def same_beside_the_proxy(fleet, server):
+def same_beside_the_proxy(fleet, own_server):
     """Whether all is in Redis as in memory, and nothing else, seen by one who does not depend on the network."""
-    index = RedisIndex(server.url)
+    index = RedisIndex(own_server.url)
     done = same_content(index, fleet.memory) and nothing_waits(*fleet.builders)
     index.close()
     return done
@@ -89,7 +80,7 @@ async def refused(url):
     await reader.close()
 
 
-def test_a_slow_network_changes_no_answer(server, proxy, open_fleet):
+def test_a_slow_network_changes_no_answer(own_server, proxy, open_fleet):
     fleet = open_fleet(5, builders=2)
     proxy.delay(0.02)
     for _ in range(2):
@@ -99,11 +90,11 @@ def test_a_slow_network_changes_no_answer(server, proxy, open_fleet):
     assert not any(builder.stats()["write_failures_total"] for builder in fleet.builders)
     proxy.delay(0)
     fleet.settle()
-    assert same_beside_the_proxy(fleet, server)
+    assert same_beside_the_proxy(fleet, own_server)
 
 
 @pytest.mark.parametrize("direction", ["both", "there", "back"])
-def test_a_stall_longer_than_the_timeout(server, proxy, open_fleet, direction):
+def test_a_stall_longer_than_the_timeout(own_server, proxy, open_fleet, direction):
     fleet = open_fleet(0.1, builders=2)
     for round_ in range(2):
         fleet.live(30)
@@ -120,12 +111,12 @@ def test_a_stall_longer_than_the_timeout(server, proxy, open_fleet, direction):
             assert builder.stats()["write_failures_total"]
         proxy.resume()
         fleet.settle()
-        assert same_beside_the_proxy(fleet, server)
+        assert same_beside_the_proxy(fleet, own_server)
         assert same_in_an_event_loop(fleet, through(proxy, 5))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_connections_that_are_cut_while_it_writes(server, proxy, open_fleet, seed):
+def test_connections_that_are_cut_while_it_writes(own_server, proxy, open_fleet, seed):
     fleet, rng = open_fleet(5, builders=2), random.Random(seed)
     fleet.rng.seed(seed)
     fleet.live(20)
@@ -154,10 +145,10 @@ def test_connections_that_are_cut_while_it_writes(server, proxy, open_fleet, see
         for thread in threads:
             thread.join()
         fleet.settle()
-        assert same_beside_the_proxy(fleet, server)
+        assert same_beside_the_proxy(fleet, own_server)
 
 
-def test_connections_that_are_refused_for_a_while(server, proxy, open_fleet):
+def test_connections_that_are_refused_for_a_while(own_server, proxy, open_fleet):
     fleet = open_fleet(5)
     fleet.live(30)
     for _ in range(3):
@@ -169,5 +160,5 @@ def test_connections_that_are_refused_for_a_while(server, proxy, open_fleet):
         assert fleet.builders[0].stats()["write_failures_total"]
         proxy.accept()
         fleet.settle()
-        assert same_beside_the_proxy(fleet, server)
+        assert same_beside_the_proxy(fleet, own_server)
     assert len(fleet.reader.sources()) == len(FLEET)

@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from indexer import AllBlocksCleared, IndexUnavailable, MemoryIndex, Source
-from indexer.redis_scripts import RELEASE_DYING
+from indexer.redis.scripts import RELEASE_DYING
 from kvevents.faults import Proxy
 
 from .conftest import MODEL, NEEDS_REDIS, removed, stored
-from .test_redis import begun, nothing_waits, same_content, somewhere, tokens_of, unlock, until
+from .redis_fleet import begun, nothing_waits, same_content, tokens_of, unlock, until
+from .redis_server import somewhere
 
 pytestmark = NEEDS_REDIS
 A, B = Source("a"), Source("b")

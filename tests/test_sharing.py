@@ -22,7 +22,6 @@ from kvindex.serve import run_serve
 from kvindex.sharing import SharedPods
 
 from .conftest import MODEL, NEEDS_REDIS, removed, stored
-from .redis_server import RedisServer
 from .test_cli import _free_port
 
 pytestmark = NEEDS_REDIS
@@ -37,19 +36,12 @@ def until(true, seconds=30.0):
     return answer
 
 
-@pytest.fixture
-def server(tmp_path):
-    server = RedisServer(tmp_path)
-    yield server
-    server.kill()
-
-
 def held(index, tokens):
     return {holding.source.pod: holding.tokens for holding in index.match(Prompt(tokens, MODEL), holders_only=True)}
 
 
-def test_builders_divide_the_pods_evenly_and_completely(server):
-    builders = [Leases(server.url, ttl_s=30) for _ in range(3)]
+def test_builders_divide_the_pods_evenly_and_completely(own_server):
+    builders = [Leases(own_server.url, ttl_s=30) for _ in range(3)]
     shares: list[list[str]] = [[], [], []]
     for _ in range(4):
         shares = [builder.share(PODS) for builder in builders]
@@ -62,20 +54,20 @@ def test_builders_divide_the_pods_evenly_and_completely(server):
         builder.close()
 
 
-def test_a_builder_that_is_not_heard_of_loses_its_share(server):
-    gone, other = Leases(server.url, ttl_s=0.05), Leases(server.url, ttl_s=30)
+def test_a_builder_that_is_not_heard_of_loses_its_share(own_server):
+    gone, other = Leases(own_server.url, ttl_s=0.05), Leases(own_server.url, ttl_s=30)
     assert gone.share(PODS) == PODS
     assert until(lambda: len(share := other.share(PODS)) == 7 and share) == PODS
     assert gone.share(PODS) == []
 
 
-def test_leases_of_pods_that_are_no_more_go_too(server):
-    one, other = Leases(server.url, ttl_s=30), Leases(server.url, ttl_s=0.05)
+def test_leases_of_pods_that_are_no_more_go_too(own_server):
+    one, other = Leases(own_server.url, ttl_s=30), Leases(own_server.url, ttl_s=0.05)
     assert one.share(PODS[:3]) == PODS[:3]
     assert one.share(PODS[2:5]) == PODS[2:5]
-    assert server.client.hkeys("kvindex:{leases}pods") == [pod.encode() for pod in PODS[2:5]]
+    assert own_server.client.hkeys("kvindex:{leases}pods") == [pod.encode() for pod in PODS[2:5]]
     until(lambda: other.share(["gone"]) == ["gone"])
-    until(lambda: one.share(PODS[4:5]) and server.client.hkeys("kvindex:{leases}pods") == [PODS[4].encode()])
+    until(lambda: one.share(PODS[4:5]) and own_server.client.hkeys("kvindex:{leases}pods") == [PODS[4].encode()])
     one.close()
     other.close()
 
@@ -84,13 +76,13 @@ def found(name, endpoint="tcp://127.0.0.1:1", **more):
     return discovery.Found(name=name, endpoints=(discovery.Endpoint(endpoint, model=MODEL),), **more)
 
 
-def test_pods_that_come_and_go_are_divided(server):
+def test_pods_that_come_and_go_are_divided(own_server):
     with contextlib.ExitStack() as stack:
         pools, shares = [], []
         for _ in range(2):
-            index = stack.enter_context(contextlib.closing(RedisIndex(server.url)))
+            index = stack.enter_context(contextlib.closing(RedisIndex(own_server.url)))
             pools.append(stack.enter_context(EventPool(index)))
-            shares.append(SharedPods(discovery.Subscriptions(pools[-1]), Leases(server.url, ttl_s=0.3)))
+            shares.append(SharedPods(discovery.Subscriptions(pools[-1]), Leases(own_server.url, ttl_s=0.3)))
             shares[-1].start()
             stack.callback(shares[-1].close)
 
@@ -114,13 +106,13 @@ def test_pods_that_come_and_go_are_divided(server):
         shares[0].update({name: found(name) for name in names} | {"told": found("told", shared=False)})
         assert "told" in pools[0].connected()
         until(lambda: followed()[0] - {"told"} | followed()[1] == names)
-        server.freeze()
+        own_server.freeze()
         assert shares[0].update({name: found(name) for name in sorted(names)}) == {}
-        server.thaw()
+        own_server.thaw()
         until(lambda: are_divided(names))
 
 
-def test_what_a_pod_holds_goes_with_it_to_another_builder(server):
+def test_what_a_pod_holds_goes_with_it_to_another_builder(own_server):
     with contextlib.ExitStack() as stack:
         publishers = {name: stack.enter_context(Publisher("tcp://127.0.0.1:0")) for name in ("a", "b")}
         wanted = {name: found(name, publisher.endpoint) for name, publisher in publishers.items()}
@@ -128,9 +120,9 @@ def test_what_a_pod_holds_goes_with_it_to_another_builder(server):
 
         def builder():
             pools.append(
-                stack.enter_context(EventPool(stack.enter_context(contextlib.closing(RedisIndex(server.url)))))
+                stack.enter_context(EventPool(stack.enter_context(contextlib.closing(RedisIndex(own_server.url)))))
             )
-            share = SharedPods(discovery.Subscriptions(pools[-1]), Leases(server.url, ttl_s=0.3))
+            share = SharedPods(discovery.Subscriptions(pools[-1]), Leases(own_server.url, ttl_s=0.3))
             share.update(wanted)
             share.start()
             stack.callback(share.close)
@@ -139,24 +131,24 @@ def test_what_a_pod_holds_goes_with_it_to_another_builder(server):
         for publisher in publishers.values():
             publisher.wait_for_subscribers()
             publisher.publish([stored_on_the_wire("vllm-map", [1], None, list(range(4)), 4)])
-        reader = stack.enter_context(contextlib.closing(RedisIndex(server.url)))
+        reader = stack.enter_context(contextlib.closing(RedisIndex(own_server.url)))
         until(lambda: held(reader, range(4)) == {"a": 4, "b": 4})
         builder()
         until(lambda: sorted(len(pool.connected()) for pool in pools) == [1, 1])
         assert held(reader, range(4)) == {"a": 4, "b": 4}
 
 
-def test_leases_need_a_redis_that_answers(server):
-    leases = Leases(server.url)
-    server.kill()
+def test_leases_need_a_redis_that_answers(own_server):
+    leases = Leases(own_server.url)
+    own_server.kill()
     with pytest.raises(IndexUnavailable):
         leases.share(PODS)
     with pytest.raises(InvalidQuestion, match="host"):
         Leases("redis://")
 
 
-def test_what_a_builder_says_of_a_source_that_another_took_over_is_refused(server):
-    slow, heir = RedisIndex(server.url), RedisIndex(server.url)
+def test_what_a_builder_says_of_a_source_that_another_took_over_is_refused(own_server):
+    slow, heir = RedisIndex(own_server.url), RedisIndex(own_server.url)
     source = Source("a")
     slow.register(source, model=MODEL)
     slow.apply(source, [stored([1, 2], range(8))])
@@ -178,11 +170,11 @@ def test_what_a_builder_says_of_a_source_that_another_took_over_is_refused(serve
     while heir.sweep():
         pass
     assert held(heir, range(8)) == {}
-    assert not server.client.keys("kvindex:b*")
+    assert not own_server.client.keys("kvindex:b*")
 
 
-def test_a_released_pod_is_gone_on_with_by_another_builder(server):
-    one, other = RedisIndex(server.url), RedisIndex(server.url)
+def test_a_released_pod_is_gone_on_with_by_another_builder(own_server):
+    one, other = RedisIndex(own_server.url), RedisIndex(own_server.url)
     for rank in (0, 1):
         one.register(Source("a", rank), model=MODEL)
         one.apply_all(Source("a", rank), [[stored([1, 2], range(8))], [stored([2], range(4, 8), parent=1)]], last_seq=7)
@@ -228,11 +220,11 @@ def pods_at(port):
     return said.json().get("pods", []) if said is not None and said.status_code == 200 else []
 
 
-def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_throughout(server):
+def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_throughout(own_server):
     fleet = ["fleet", "--pods", "4", "--base-port", "0", "--json", "--rate", "50", "--num-blocks", "600"]
     with contextlib.ExitStack() as stack:
         pods = stack.enter_context(running(*fleet))
-        shared = {"KVINDEX_INDEX_URL": server.url}
+        shared = {"KVINDEX_INDEX_URL": own_server.url}
         listed = pods.stdout.readline()
         builders = [
             stack.enter_context(
@@ -244,7 +236,7 @@ def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_th
         scorers = [stack.enter_context(running("serve", "--role", "scorer", "--port", str(p), **shared)) for p in ports]
 
         def owners():
-            return {value.split()[0] for value in server.client.hgetall("kvindex:{leases}pods").values()}
+            return {value.split()[0] for value in own_server.client.hgetall("kvindex:{leases}pods").values()}
 
         until(lambda: len(owners()) == 2 and len(pods_at(ports[0])) == 4)
         first = {pod["pod"]: pod["last_seq"] for pod in pods_at(ports[1])}
@@ -255,15 +247,15 @@ def test_pods_of_a_builder_that_was_killed_go_to_the_other_and_scorers_answer_th
             said = answer(port, "/v1/score", model=json.loads(listed)[0]["model"], token_ids=list(range(64)))
             assert said.status_code == 200
         assert [process.poll() for process in [builders[1], *scorers, pods]] == [None] * 4
-        server.freeze()
+        own_server.freeze()
         said = until(lambda: answer(ports[0]))
-        server.thaw()
+        own_server.thaw()
         assert (said.status_code, said.json()["title"]) == (503, "Service Unavailable")
         until(lambda: len(pods_at(ports[0])) == 4)
 
 
-def test_both_scorers_say_what_the_pods_of_a_fleet_hold(server):
-    ports, shared = [_free_port(), _free_port()], {"KVINDEX_INDEX_URL": server.url}
+def test_both_scorers_say_what_the_pods_of_a_fleet_hold(own_server):
+    ports, shared = [_free_port(), _free_port()], {"KVINDEX_INDEX_URL": own_server.url}
     fleet = ["fleet", "--pods", "4", "--base-port", "0", "--rate", "100", "--num-blocks", "600", "--json"]
     fleet += ["--seconds", "3", "--every", "1"]
     for port in ports:

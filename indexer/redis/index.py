@@ -6,32 +6,22 @@ goes on. What could not be written waits within bounds; where that is not enough
 source is written anew from its ledger. So a fault costs time, never truth.
 """
 
-import time
 from collections.abc import Collection, Iterable
-from contextlib import suppress
-
-import structlog
-from redis.exceptions import OutOfMemoryError
 
 from indexer.base import Copies, Holding, Limits, Source, SourceStatus
 from indexer.errors import IndexUnavailable
 from indexer.ledger import Change, Slot
 from indexer.prompt import Prompt
-from indexer.redis_directory import Directory
-from indexer.redis_numbers import Numbers
-from indexer.redis_opening import layout_of, open_store
-from indexer.redis_ownership import Ownership
-from indexer.redis_reader import Questions, ask
-from indexer.redis_resuming import Resumer
-from indexer.redis_rewriting import Rewriter
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import Standing
-from indexer.redis_sweep import Sweeper
-from indexer.redis_url import parse_url
-from indexer.redis_writer import Writer
+from indexer.redis.builder import Builder
+from indexer.redis.changes import Changes
+from indexer.redis.directory import Directory
+from indexer.redis.flushing import Flusher
+from indexer.redis.opening import opened
+from indexer.redis.reader import Questions, ask
+from indexer.redis.standing import Standing
+from indexer.redis.sweep import Sweeper
+from indexer.redis.writer import Writer
 from indexer.tracking import Tracked, TrackingIndex
-
-_BACKOFF_S = 0.05, 2.0
 
 
 class RedisIndex(TrackingIndex):
@@ -48,45 +38,17 @@ class RedisIndex(TrackingIndex):
 
     def __init__(self, url: str, limits: Limits | None = None, *, buffer_bytes: int = 64 * 1024 * 1024) -> None:
         super().__init__(limits)
-        parsed = parse_url(url)
-        self._store = open_store(parsed)
-        self._layout = layout_of(parsed)
-        self._questions = Questions(self._layout, self._limits.block_sizes)
-        self._log = structlog.get_logger("indexer")
-        self._buffer_bytes = buffer_bytes
+        self._store, self._layout = opened(url)
         self._writer = Writer(self._store)
-        self._sweeper = Sweeper(self._store, self._layout, self._writer)
         self._standing = Standing(self._tracked)
-        self._numbers = Numbers(self._store, self._writer)
-        self._mirrors = Mirrors(self._layout, self._writer, self._standing)
-        self._directory = Directory(
-            self._layout, self._writer, self._mirrors, self._standing, self._questions, self._bare_models
+        self._questions = Questions(self._layout, self._limits.block_sizes)
+        self._sweeper = Sweeper(self._store, self._layout, self._writer)
+        builder = Builder(self._store, self._layout, self._writer, self._standing)
+        self._changes = Changes(builder)
+        self._directory = Directory(builder, self._questions, self._bare_models)
+        self._flusher = Flusher(
+            builder, self._changes, self._directory, counters=self._counters, buffer_bytes=buffer_bytes
         )
-        self._ownership = Ownership(
-            self._store, self._layout, self._writer, self._standing, self._numbers, self._mirrors
-        )
-        self._rewriter = Rewriter(
-            self._store,
-            self._layout,
-            self._writer,
-            self._standing,
-            self._numbers,
-            self._mirrors,
-            self._directory,
-            self._ownership,
-        )
-        self._resumer = Resumer(
-            self._store,
-            self._layout,
-            self._writer,
-            self._standing,
-            self._numbers,
-            self._mirrors,
-            self._ownership,
-            self._bare_models,
-        )
-        self._retry_at = 0.0
-        self._backoff = _BACKOFF_S[0]
         self._counters.update(dict.fromkeys(("write_failures_total", "rewritten_total", "swept_total"), 0))
 
     def __repr__(self) -> str:
@@ -127,10 +89,10 @@ class RedisIndex(TrackingIndex):
     def close(self) -> None:
         """Write what is due and give the connections back. The sources stay in Redis: another builder goes on."""
         with self._lock:
-            self._retry_at = 0.0
-            self._flush()
+            self._flusher.retry_at = 0.0
+            self._flusher.flush()
             self._tracked.clear()
-            self._mirrors.clear()
+            self._standing.clear_slots()
         self._store.close()
 
     # ---- events
@@ -142,14 +104,16 @@ class RedisIndex(TrackingIndex):
         with self._lock:
             is_new = source not in self._tracked
             if source in self._standing.gone:
-                self._flush()
+                self._flusher.flush()
             super().register(source, model=model, copies=copies, fleet_wide=fleet_wide)
             if is_new:
                 if source in self._standing.gone:  # Redis still has what was forgotten
                     self._standing.call_stale(self._tracked[source], is_claimed=False)
                 else:
-                    self._resume(self._tracked[source])
-                self._flush()
+                    record = self._flusher.resume(self._tracked[source])
+                    if record is not None and record.bare_images:
+                        self._bare_models.add(model)
+                self._flusher.flush()
             if degraded and is_new:
                 self.degrade(source, degraded)
 
@@ -157,7 +121,7 @@ class RedisIndex(TrackingIndex):
         """Drop blocks that outlived their time, write what waits, and sweep a little, see `Index.expire`."""
         super().expire()
         with self._lock:
-            self._flush(look=True)
+            self._flusher.flush(look=True)
         try:
             self.sweep()
         except IndexUnavailable:
@@ -166,21 +130,13 @@ class RedisIndex(TrackingIndex):
     def _change(self, tracked: Tracked, changes: list[Change]) -> None:
         if not self._standing.is_unwritten(tracked):
             self._directory.note(tracked)
-            self._mirrors.change(tracked, changes)
+            self._changes.change(tracked, changes)
 
     def _take_slot(self, tracked: Tracked, slot: Slot) -> bool:
-        number = -1
-        try:
-            if not self._standing.is_unwritten(tracked) and time.monotonic() < self._retry_at:
-                self._standing.call_stale(tracked)
-            elif not self._standing.is_unwritten(tracked):
-                number = self._numbers.take(self._layout.of(tracked.model))
-                if number < 0:
-                    return False
-        except IndexUnavailable as error:
-            self._failed(error)
-            self._standing.call_stale(tracked)
-        self._mirrors.add(slot, number)
+        number = self._flusher.take_number(tracked)
+        if number is None:
+            return False
+        self._standing.add_slot(slot, number)
         self._layout_changed(tracked)
         slot.bit = 1 << max(number, 0)
         return True
@@ -192,101 +148,36 @@ class RedisIndex(TrackingIndex):
 
     def _trust_changed(self, tracked: Tracked) -> None:
         self._layout_changed(tracked)
-        self._flush()
+        self._flusher.flush()
 
     def _applied(self, tracked: Tracked) -> None:
         if not self._standing.is_followed(tracked):
             return
-        self._mirrors.settle()
+        self._changes.settle()
         self._directory.note(tracked)
         if not self._standing.is_unwritten(tracked):
-            self._mirrors.compact(tracked)
-        self._flush()
+            self._changes.compact(tracked)
+        self._flusher.flush()
 
     def _reclaim(self, tracked: Tracked, slots: Iterable[Slot]) -> None:
         """Leave slots to the sweep, in the step that takes them out of their source's record."""
         with self._lock:
-            self._mirrors.settle()
-            numbers = self._mirrors.drop(slots)
+            self._changes.settle()
+            numbers = self._standing.drop_slots(slots)
             if self._standing.is_followed(tracked) and not self._standing.is_unwritten(tracked):
                 self._directory.publish(tracked, numbers)
             else:  # they go when it is written anew, or leaves, with all that its record says
                 self._standing.note_begun(tracked.source, numbers, self._writer.me)
-            self._flush()
+            self._flusher.flush()
 
     def release(self, pod: str) -> None:
         """Stop following a pod and leave what it holds in Redis to the builder that follows it from now on."""
         with self._lock:
-            self._flush()
+            self._flusher.flush()
             for source in [source for source in self._tracked if source.pod == pod]:
                 tracked = self._tracked.pop(source)
-                self._mirrors.drop(tracked.ledger.slots.values())
                 self._directory.release(source)
-                self._standing.release(source)
-
-    # ---- writing
-
-    def _resume(self, tracked: Tracked) -> None:
-        try:
-            self._resumer.resume(tracked)
-        except IndexUnavailable as error:
-            self._failed(error)
-            # what is there is replaced when Redis answers
-            self._standing.call_stale(tracked, is_claimed=False)
-
-    def _flush(self, *, look: bool = False) -> None:
-        """Write what is due, or leave it for later; `look` whether Redis still has what we wrote, if nothing is due."""
-        self._mirrors.settle()
-        if time.monotonic() < self._retry_at:
-            self._keep_within_bounds()
-            return
-        try:
-            self._write(look=look)
-            self._backoff = _BACKOFF_S[0]
-        except IndexUnavailable as error:
-            self._failed(error)
-
-    def _write(self, *, look: bool) -> None:
-        if self._writer.is_new_epoch:
-            self._ownership.begin_epoch()
-        self._directory.publish_due()
-        while self._writer.is_due:
-            written = self._writer.write_due()
-            look = False
-            if not self._writer.is_due:
-                self._mirrors.note_published()
-            self._ownership.judge(written)
-        if look and self._writer.has_written:
-            self._rewriter.note_models()
-            self._ownership.judge(self._writer.look())
-        self._numbers.mark()
-        for tracked in self._standing.unshed():
-            if self._writer.is_full:
-                self._rewriter.shed(tracked)
-        # later than what was due: in that may be what these sources were before
-        for tracked in list(self._standing.stale.values()):
-            self._counters["rewritten_total"] += self._rewriter.rewrite(tracked)
-        for tracked in list(self._standing.gone.values()):
-            self._rewriter.take_out(tracked)
-
-    def _failed(self, error: IndexUnavailable) -> None:
-        for tracked in self._standing.followed:
-            if tracked.source not in self._standing.lost and not self._mirrors.are_published(tracked):
-                self._standing.call_stale(tracked)
-        self._counters["write_failures_total"] += 1
-        self._log.warning("redis_write_failed", error=str(error), waiting_bytes=self._writer.due_bytes)
-        self._writer.fail()
-        if isinstance(error.__cause__, OutOfMemoryError) and not self._writer.is_full:
-            with suppress(IndexUnavailable):
-                self._writer.note_full()
-        self._retry_at = time.monotonic() + self._backoff
-        self._backoff = min(2 * self._backoff, _BACKOFF_S[1])
-        self._keep_within_bounds()
-
-    def _keep_within_bounds(self) -> None:
-        if self._writer.due_bytes > self._buffer_bytes:
-            self._writer.drop()
-            self._ownership.call_all_stale()
+                self._standing.release(tracked)
 
     def sweep(self, budget: int = 16) -> int:
         """Take blocks that nobody sees any more out of Redis, see `Sweeper.sweep`. Raises `IndexUnavailable`."""

@@ -11,8 +11,8 @@ from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, Resp
 from redis.retry import Retry
 
 from indexer.errors import IndexUnavailable, InvalidQuestion
-from indexer.redis_layout import Packed
-from indexer.redis_url import RedisUrl
+from indexer.redis.layout import Packed
+from indexer.redis.url import RedisUrl
 
 Command: TypeAlias = tuple[Any, ...] | Packed
 """A command and its arguments, or all of that as it goes over the wire."""

@@ -3,9 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from indexer.redis_opening import layout_of, open_store
-from indexer.redis_scripts import QUIT, SHARE
-from indexer.redis_url import parse_url
+from indexer.redis.opening import opened
+from indexer.redis.scripts import QUIT, SHARE
 
 
 class Leases:
@@ -18,9 +17,7 @@ class Leases:
     """
 
     def __init__(self, url: str, *, ttl_s: float = 3.0) -> None:
-        parsed = parse_url(url)
-        self._store = open_store(parsed)
-        self._layout = layout_of(parsed)
+        self._store, self._layout = opened(url)
         self._me = os.urandom(8).hex()
         self.ttl_s = ttl_s
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import structlog
 
-from indexer.redis_layout import Layout, Names, Part, bit_of
-from indexer.redis_log import Replayed
-from indexer.redis_records import decode_records, pairs_of
-from indexer.redis_scripts import ADVANCE, AT_ONCE, CLOSE, FREE, RELEASE_DYING, SWEPT
-from indexer.redis_store import Command, Store
-from indexer.redis_writer import Writer
+from indexer.redis.layout import Layout, Names, Part, bit_of
+from indexer.redis.log import Replayed
+from indexer.redis.records import decode_records, pairs_of
+from indexer.redis.scripts import ADVANCE, AT_ONCE, CLOSE, FREE, RELEASE_DYING, SWEPT
+from indexer.redis.store import Command, Store
+from indexer.redis.writer import Writer
 
 _SWEEP_BYTES = 64 * 1024
 """Bytes of logs that are read at a time, over all parts."""

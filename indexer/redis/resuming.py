@@ -6,46 +6,26 @@ import structlog
 
 from indexer.groups import GroupSpec
 from indexer.ledger import Slot
-from indexer.redis_layout import Layout, Names, field_of
-from indexer.redis_log import Replayed
-from indexer.redis_numbers import Numbers
-from indexer.redis_ownership import Ownership
-from indexer.redis_records import SlotRecord, SourceRecord, decode_records
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import UNREADABLE, Standing
-from indexer.redis_store import Command, Store
-from indexer.redis_writer import Writer
+from indexer.redis.builder import Builder
+from indexer.redis.layout import Names, field_of
+from indexer.redis.log import Replayed
+from indexer.redis.ownership import Ownership
+from indexer.redis.records import SlotRecord, SourceRecord, decode_records
+from indexer.redis.standing import UNREADABLE
+from indexer.redis.store import Command
 from indexer.tracking import Tracked
 
 
 class Resumer:
-    """Takes sources over for one builder. `bare_models` hears of models as their records say it, see
-    `SourceRecord.bare_images`. One thread at a time.
-    """
+    """Takes sources over for one builder. One thread at a time."""
 
-    def __init__(
-        self,
-        store: Store,
-        layout: Layout,
-        writer: Writer,
-        standing: Standing,
-        numbers: Numbers,
-        mirrors: Mirrors,
-        ownership: Ownership,
-        bare_models: set[str],
-    ) -> None:
-        self._store = store
-        self._layout = layout
-        self._writer = writer
-        self._standing = standing
-        self._numbers = numbers
-        self._mirrors = mirrors
+    def __init__(self, builder: Builder, ownership: Ownership) -> None:
+        self._store, self._layout, self._writer, self._standing = builder
         self._ownership = ownership
-        self._bare_models = bare_models
         self._log = structlog.get_logger("indexer")
 
-    def resume(self, tracked: Tracked) -> None:
-        """Take over what Redis has of a source: the builder that wrote it is gone.
+    def resume(self, tracked: Tracked) -> SourceRecord | None:
+        """Take over what Redis has of a source, and give its record: the builder that wrote it is gone.
 
         Where that cannot be read the source is called so, and written anew. Raises `IndexUnavailable`.
         """
@@ -59,21 +39,20 @@ class Resumer:
         )
         records = decode_records({b"": value} if value else {})
         if not records:
-            return
+            return None
         (record,) = records
-        self._numbers.note(names, [slot.number for slot in record.slots])
+        self._ownership.note_numbers(names, [slot.number for slot in record.slots])
         replays = [self._take_over(names, slot.number) for slot in record.slots]
         whole = [replayed for replayed in replays if replayed is not None]
         if len(whole) < len(replays):
             self._log.warning("redis_log_unreadable", pod=tracked.source.pod, rank=tracked.source.rank)
             tracked.reason, tracked.since = UNREADABLE, time.time()
             self._standing.call_stale(tracked)  # begins anew under other numbers
-            return
+            return None
         _restore(tracked, record)
-        if record.bare_images:
-            self._bare_models.add(tracked.model)
         for known, replayed in zip(record.slots, whole, strict=True):
             self._restore_slot(tracked, known, replayed)
+        return record
 
     def _take_over(self, names: Names, number: int) -> Replayed | None:
         """Make a slot this builder's own and read its ledger; None where not all of that is there."""
@@ -98,7 +77,7 @@ class Resumer:
             now = time.monotonic()
             slot.seen.update(dict.fromkeys(slot.held, now))
             slot.seen = slot.seen if known.ages else None
-        mirror = self._mirrors.replace(slot, known.number)
+        mirror = self._standing.replace_slot(slot, known.number)
         for key in slot.held.values():
             mirror.keys[key] = mirror.keys.get(key, 0) + 1
         mirror.logged = len(replayed.mentioned)

@@ -17,8 +17,8 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ConnectionError, MovedError, RedisError, TryAgainError  # noqa: A004
 
 from indexer.errors import IndexUnavailable
-from indexer.redis_layout import Packed
-from indexer.redis_store import (
+from indexer.redis.layout import Packed
+from indexer.redis.store import (
     Command,
     accepted,
     async_pool_of,
@@ -28,7 +28,7 @@ from indexer.redis_store import (
     read_answers,
     unavailable,
 )
-from indexer.redis_url import RedisUrl
+from indexer.redis.url import RedisUrl
 
 _SLOTS = 16384
 _TRIES = 4

@@ -7,15 +7,13 @@ import structlog
 from indexer.base import Source
 from indexer.errors import IndexUnavailable
 from indexer.ledger import Slot
-from indexer.redis_directory import Directory
-from indexer.redis_layout import MAX_SLOTS, Layout, Names, field_of
-from indexer.redis_numbers import Numbers
-from indexer.redis_ownership import Ownership
-from indexer.redis_records import decode_records
-from indexer.redis_slots import Mirrors, copies_of, holds
-from indexer.redis_standing import Standing
-from indexer.redis_store import Store
-from indexer.redis_writer import Write, Writer, builder_of
+from indexer.redis.builder import Builder
+from indexer.redis.changes import copies_of, holds
+from indexer.redis.directory import Directory
+from indexer.redis.layout import MAX_SLOTS, Names, field_of
+from indexer.redis.ownership import Ownership
+from indexer.redis.records import decode_records
+from indexer.redis.writer import Write, builder_of
 from indexer.tracking import Tracked
 
 _AT_A_TIME = 64
@@ -25,25 +23,10 @@ _AT_A_TIME = 64
 class Rewriter:
     """Brings what Redis has of a builder's sources to what their ledgers say, each at once. One thread at a time."""
 
-    def __init__(
-        self,
-        store: Store,
-        layout: Layout,
-        writer: Writer,
-        standing: Standing,
-        numbers: Numbers,
-        mirrors: Mirrors,
-        directory: Directory,
-        ownership: Ownership,
-    ) -> None:
-        self._store = store
-        self._layout = layout
-        self._writer = writer
-        self._standing = standing
-        self._numbers = numbers
-        self._mirrors = mirrors
-        self._directory = directory
+    def __init__(self, builder: Builder, ownership: Ownership, directory: Directory) -> None:
+        self._store, self._layout, self._writer, self._standing = builder
         self._ownership = ownership
+        self._directory = directory
         self._log = structlog.get_logger("indexer")
 
     def rewrite(self, tracked: Tracked) -> bool:
@@ -55,7 +38,7 @@ class Rewriter:
         self._standing.call_stale(tracked)
         if not self._keep(tracked):
             return False
-        numbers = [number for number in self._mirrors.numbers(tracked) if number >= 0]
+        numbers = [number for number in self._standing.numbers(tracked) if number >= 0]
         self._standing.note_begun(tracked.source, numbers, self._writer.me)
         old = self._recorded(names, tracked.source)
         self._standing.shed.discard(tracked.source)  # where this fails, what is written by then has to go
@@ -124,10 +107,10 @@ class Rewriter:
     def _write_slot(self, tracked: Tracked, slot: Slot) -> None:
         """Write the blocks of a slot under a new number."""
         names = self._layout.of(tracked.model)
-        number = self._numbers.take(names)
+        number = self._ownership.take_number(names)
         if number < 0:
             raise IndexUnavailable(f"{self._store.shown}: all {MAX_SLOTS} slots of {tracked.model!r} are in use")
-        mirror = self._mirrors.replace(slot, number)
+        mirror = self._standing.replace_slot(slot, number)
         self._standing.note_begun(tracked.source, [number], self._writer.me)
         slot.bit = 1 << number
         mirror.logged = len(slot.held)

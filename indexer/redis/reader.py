@@ -16,11 +16,10 @@ from indexer.keys import BlockKey
 from indexer.ledger import Slot
 from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
 from indexer.prompt import Prompt
-from indexer.redis_layout import Layout, Names, holders_of
-from indexer.redis_opening import layout_of, open_async_store
-from indexer.redis_records import SourceRecord, decode_records, pairs_of
-from indexer.redis_store import Command
-from indexer.redis_url import parse_url
+from indexer.redis.layout import Layout, Names, holders_of
+from indexer.redis.opening import opened_async
+from indexer.redis.records import SourceRecord, decode_records, pairs_of
+from indexer.redis.store import Command
 
 T = TypeVar("T")
 Question: TypeAlias = Generator[list[Command], list[Any], T]
@@ -141,9 +140,8 @@ class AsyncRedisReader:
     """Questions to an index in Redis from an event loop; it follows no sources. `url` as for `RedisIndex`."""
 
     def __init__(self, url: str, limits: Limits | None = None) -> None:
-        parsed = parse_url(url)
-        self._store = open_async_store(parsed)
-        self._questions = Questions(layout_of(parsed), (limits or Limits()).block_sizes)
+        self._store, layout = opened_async(url)
+        self._questions = Questions(layout, (limits or Limits()).block_sizes)
 
     async def match(
         self,

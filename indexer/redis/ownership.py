@@ -1,32 +1,32 @@
-"""What is a builder's own in Redis: how it claims sources, and finds out what it lost, to others or to a fault."""
+"""What is a builder's own in Redis: how it claims sources and slot numbers, and finds out what it lost, to others or to
+a fault.
+"""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import structlog
 
 from indexer.errors import IndexUnavailable
-from indexer.redis_layout import Layout
-from indexer.redis_numbers import Numbers
-from indexer.redis_scripts import SWAP
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import Standing
-from indexer.redis_store import Store
-from indexer.redis_writer import Write, Writer, Written
+from indexer.redis.builder import Builder
+from indexer.redis.layout import MAX_SLOTS, Names
+from indexer.redis.scripts import CLAIM, SWAP, TAKE_SLOT
+from indexer.redis.store import Command
+from indexer.redis.writer import Write, Written
 from indexer.tracking import Tracked
+
+_TRIED = 8
+"""Slot numbers of which something may be left somewhere before none is taken for now."""
 
 
 class Ownership:
-    """The sources of one builder, as Redis knows whose they are. One thread at a time."""
+    """The sources and the slot numbers of one builder, as Redis knows whose they are. One thread at a time."""
 
-    def __init__(
-        self, store: Store, layout: Layout, writer: Writer, standing: Standing, numbers: Numbers, mirrors: Mirrors
-    ) -> None:
-        self._store = store
-        self._layout = layout
-        self._writer = writer
-        self._standing = standing
-        self._numbers = numbers
-        self._mirrors = mirrors
+    def __init__(self, builder: Builder) -> None:
+        self._store, self._layout, self._writer, self._standing = builder
+        self._used: dict[Names, set[int]] = {}
+        """Slot numbers that were ever ours, for each model."""
+        self._unmarked: set[Names] = set()
+        """Models of which Redis may not know any more that some of these were in use."""
         self._log = structlog.get_logger("indexer")
 
     def claim(self, tracked: Tracked, *, by_force: bool) -> bool:
@@ -44,6 +44,33 @@ class Ownership:
             raise IndexUnavailable(f"{self._store.shown}: two builders claim source {tracked.source} at once")
         return True
 
+    def take_number(self, names: Names) -> int:
+        """Take the lowest slot number that is free everywhere; -1 where there is none. Raises `IndexUnavailable`."""
+        for _ in range(_TRIED):
+            (number,) = self._store.run([("EVAL", TAKE_SLOT, 1, names.numbers, MAX_SLOTS)], again=False)
+            if number < 0:
+                return -1
+            self.note_numbers(names, [number])
+            me = self._writer.me
+            claims: list[Command] = [
+                ("EVAL", CLAIM, 3, part.guard(number), part.dying, part.log(number), me, number) for part in names.parts
+            ]
+            if all(self._store.run(claims, again=False)):
+                return int(number)
+            # somewhere something is left of it, from before Redis lost that it was in use: the sweep will find it
+        raise IndexUnavailable(f"{self._store.shown}: what is left in {_TRIED} slots has to be swept first")
+
+    def note_numbers(self, names: Names, numbers: Iterable[int]) -> None:
+        """Note slot numbers that are ours, also those that another builder took before."""
+        self._used.setdefault(names, set()).update(numbers)
+
+    def mark_numbers(self) -> None:
+        """Say again which numbers are in use, where Redis may have lost that. Raises `IndexUnavailable`."""
+        for names in list(self._unmarked):
+            # what is left of them in other parts is found by the sweep, as of all numbers that nobody came to use
+            self._store.run([("SETBIT", names.numbers, number, 1) for number in self._used.get(names, ())])
+            self._unmarked.discard(names)
+
     def begin_epoch(self) -> None:
         """Take what is ours over to a new epoch: nothing that was written in the one before can arrive any more.
 
@@ -56,7 +83,7 @@ class Ownership:
             names = self._layout.of(tracked.model)
             guards.append((tracked, [names.owner(tracked.source)]))
             if self._standing.is_followed(tracked):
-                numbers = self._mirrors.numbers(tracked)
+                numbers = self._standing.numbers(tracked)
                 if numbers:
                     guards += [(tracked, [part.guard(number) for number in numbers]) for part in names.parts]
         self._look_who_follows(self._writer.renew(guards))
@@ -77,8 +104,7 @@ class Ownership:
         self._log.warning("redis_lost_writes", index=self._store.shown, models=len(tags))
         self._writer.drop(tags)
         self.call_all_stale(tags)
-        for tag in tags:
-            self._numbers.doubt(self._layout.tagged(tag))
+        self._unmarked.update(map(self._layout.tagged, tags))
 
     def call_all_stale(self, tags: Collection[bytes] | None = None) -> None:
         """Have all sources that are ours written anew, or all of some models."""
@@ -93,7 +119,7 @@ class Ownership:
         if self._standing.is_unwritten(write.tracked):
             return False
         names = self._layout.of(write.tracked.model)
-        guards = [write.part.guard(number) for number in self._mirrors.numbers(write.tracked)]
+        guards = [write.part.guard(number) for number in self._standing.numbers(write.tracked)]
         return write.guard in (names.owner(write.tracked.source), *guards)
 
     def _look_who_follows(self, refused: Sequence[Tracked]) -> None:

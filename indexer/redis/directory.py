@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 from indexer.base import Source
-from indexer.redis_layout import Layout, Names, field_of
-from indexer.redis_reader import Questions
-from indexer.redis_records import SlotRecord, SourceRecord, encode_record
-from indexer.redis_scripts import LEAVE, PUBLISH
-from indexer.redis_slots import Mirrors
-from indexer.redis_standing import FULL, Standing
-from indexer.redis_writer import Value, Write, Writer
+from indexer.redis.builder import Builder
+from indexer.redis.layout import Names, field_of
+from indexer.redis.reader import Questions
+from indexer.redis.records import SlotRecord, SourceRecord, encode_record
+from indexer.redis.scripts import LEAVE, PUBLISH
+from indexer.redis.standing import FULL
+from indexer.redis.writer import Value, Write
 from indexer.tracking import Tracked
 
 _Outlook: TypeAlias = tuple[str, bool, list[bool]]
@@ -24,19 +24,10 @@ class Directory:
     thread at a time.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        writer: Writer,
-        mirrors: Mirrors,
-        standing: Standing,
-        questions: Questions,
-        bare_models: Collection[str],
-    ) -> None:
-        self._layout = layout
-        self._writer = writer
-        self._mirrors = mirrors
-        self._standing = standing
+    def __init__(self, builder: Builder, questions: Questions, bare_models: Collection[str]) -> None:
+        self._layout = builder.layout
+        self._writer = builder.writer
+        self._standing = builder.standing
         self._questions = questions
         self._bare_models = bare_models
         self._due: dict[Source, Tracked] = {}
@@ -98,7 +89,7 @@ class Directory:
         keys, values = _retirement(names, gone)
         record = encode_record(self._record(tracked))
         owner = names.owner(tracked.source)
-        keys += [names.home.guard(number) for number in self._mirrors.numbers(tracked)]
+        keys += [names.home.guard(number) for number in self._standing.numbers(tracked)]
         # what readers see from then on has to be there; on one server it is, in the order in which it is written
         is_last = is_new and len(names.parts) > 1
         values = [field_of(tracked.source), record, _step() if is_new else 0, *values]
@@ -127,7 +118,7 @@ class Directory:
         known = () if says else ledger.slots.values()
         slots = [
             SlotRecord(
-                self._mirrors.number(slot),
+                self._standing.mirror(slot).number,
                 slot.medium,
                 slot.group,
                 slot.block_size,

@@ -1,4 +1,4 @@
-"""What is written to Redis of a builder's slots: their bits, their logs. No I/O."""
+"""What a ledger's changes are in Redis: bits of blocks, entries of logs. No I/O."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -6,11 +6,12 @@ from typing import NamedTuple
 from indexer.events import EngineHash
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
-from indexer.redis_layout import Layout, Names, bit_of
-from indexer.redis_log import log_blocks, log_copies
-from indexer.redis_scripts import APPEND, AT_ONCE, HOLD, RELEASE, REPLACE
-from indexer.redis_standing import Standing
-from indexer.redis_writer import Write, Writer
+from indexer.redis.builder import Builder
+from indexer.redis.layout import Names, bit_of
+from indexer.redis.log import log_blocks, log_copies
+from indexer.redis.scripts import APPEND, AT_ONCE, HOLD, RELEASE, REPLACE
+from indexer.redis.standing import Mirror
+from indexer.redis.writer import Write
 from indexer.tracking import Tracked
 
 _ENTRY = 4096
@@ -18,21 +19,6 @@ _ENTRY = 4096
 
 _LOG_SLACK = 1024
 """A log is written anew when it has twice the entries that its slot has blocks, and so many more."""
-
-
-class Mirror:
-    """What is in Redis of a slot."""
-
-    __slots__ = ("keys", "logged", "number", "published")
-
-    def __init__(self, number: int, *, published: bool = False) -> None:
-        self.number = number
-        self.published = published
-        """Whether the source's record has the number: from then on nobody takes it for lost."""
-        self.keys: dict[BlockKey, int] = {}
-        """How many names stand for each key."""
-        self.logged = 0
-        """Blocks mentioned in the log."""
 
 
 class _Merged(NamedTuple):
@@ -46,69 +32,29 @@ class _Merged(NamedTuple):
     held: bool
 
 
-class Mirrors:
-    """What is in Redis of all slots of a builder. Changes of their ledgers are put behind what is due. One thread at a
-    time.
-    """
+class Changes:
+    """What the ledgers of one builder say, put behind what is due. One thread at a time."""
 
-    def __init__(self, layout: Layout, writer: Writer, standing: Standing) -> None:
-        self._layout = layout
-        self._writer = writer
-        self._standing = standing
-        self._mirrors: dict[Slot, Mirror] = {}
+    def __init__(self, builder: Builder) -> None:
+        self._layout = builder.layout
+        self._writer = builder.writer
+        self._standing = builder.standing
         self._merged: _Merged | None = None
-        self._fresh: list[Mirror] = []
-        """Mirrors whose numbers are in no record yet."""
-
-    def add(self, slot: Slot, number: int) -> None:
-        """Begin with a new slot, under a number that is in no record yet; -1 where it has none yet."""
-        mirror = self._mirrors[slot] = Mirror(number)
-        self._fresh.append(mirror)
-
-    def replace(self, slot: Slot, number: int) -> Mirror:
-        """Begin again with a slot, under a number that the record to come, or that there is, has."""
-        mirror = self._mirrors[slot] = Mirror(number, published=True)
-        return mirror
-
-    def drop(self, slots: Iterable[Slot]) -> list[int]:
-        """Forget slots; give the numbers that they had."""
-        gone = [self._mirrors.pop(slot) for slot in slots if slot in self._mirrors]
-        return [mirror.number for mirror in gone if mirror.number >= 0]
-
-    def clear(self) -> None:
-        """Forget all slots."""
-        self._mirrors.clear()
-
-    def number(self, slot: Slot) -> int:
-        """Give the number of a slot."""
-        return self._mirrors[slot].number
-
-    def numbers(self, tracked: Tracked) -> list[int]:
-        """Give the numbers of a source's slots, -1 for those that have none yet."""
-        return [self._mirrors[slot].number for slot in tracked.ledger.slots.values() if slot in self._mirrors]
-
-    def are_published(self, tracked: Tracked) -> bool:
-        """Whether a source's record has the numbers of all its slots."""
-        return all(self._mirrors[slot].published for slot in tracked.ledger.slots.values())
-
-    def note_published(self) -> None:
-        """Hear that records with all numbers were written."""
-        for mirror in self._fresh:
-            mirror.published = True
-        self._fresh.clear()
 
     def change(self, tracked: Tracked, changes: Iterable[Change]) -> None:
         """Take changes of a source's ledger; those that may go on with the next ones wait for `settle`."""
         for slot, hashes, keys, held in changes:
             if not keys:
                 self.settle()
-                for write in copies_of(self._layout.of(tracked.model), tracked, slot, self._mirrors[slot], hashes):
+                for write in copies_of(
+                    self._layout.of(tracked.model), tracked, slot, self._standing.mirror(slot), hashes
+                ):
                     self._writer.add(write)
                 continue
             merged = self._merged
             if merged is None or merged.slot is not slot or merged.held is not held:
                 self.settle()
-                merged = self._merged = _Merged(tracked, slot, self._mirrors[slot], [], [], held)
+                merged = self._merged = _Merged(tracked, slot, self._standing.mirror(slot), [], [], held)
             merged.hashes.extend(hashes)
             merged.keys.extend(keys)
 
@@ -125,7 +71,7 @@ class Mirrors:
     def compact(self, tracked: Tracked) -> None:
         """Have the logs of a source written anew that became too long."""
         for slot in tracked.ledger.slots.values():
-            mirror = self._mirrors[slot]
+            mirror = self._standing.mirror(slot)
             if mirror.logged > 2 * len(slot.held) + _LOG_SLACK:
                 for write in whole_ledger(self._layout.of(tracked.model), tracked, slot, mirror.number):
                     self._writer.add(write)

@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeAlias
 from redis.exceptions import OutOfMemoryError
 
 from indexer.base import Source
-from indexer.redis_layout import Part
-from indexer.redis_scripts import RENEW, WHEN_FULL
-from indexer.redis_store import Command, Store, unavailable
+from indexer.redis.layout import Part
+from indexer.redis.scripts import RENEW, WHEN_FULL
+from indexer.redis.store import Command, Store, unavailable
 from indexer.tracking import Tracked
 
 _PORTION = 256 * 1024
