@@ -13,6 +13,10 @@ _NAMED = re.compile(r"# ((?:[\w-]+/)*[\w.-]+\.(?:toml|ya?ml|json|py|sh))(?:\s|$)
 _HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?")
 
 
+class Wrong(AssertionError):
+    """Something on a page does not hold."""
+
+
 class Block(NamedTuple):
     """A fenced block."""
 

@@ -1,13 +1,12 @@
 """A reader of the documentation who does all that it says: runs its Python, types its commands, saves its files.
 
 What pages call by the addresses of a fleet (`10.0.0.7`, `redis:6379`, `/models`) is a simulated one on free ports of
-this machine. `NOT_RUN` has what takes more than that; of those it is checked that what they name exists.
+this machine. `tests.not_run` has what takes more than that; of those it is checked that what they name exists.
 """
 
 import ast
 import asyncio
 import contextlib
-import http.server
 import inspect
 import io
 import json
@@ -20,252 +19,27 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-import typer
-import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from indexer import open_index, snapshots
+from indexer import open_index
 from kvevents import EventPool
-from kvevents.discovery import PodEntry, found_in
-from kvindex.cli import app
-from kvindex.config import load
-from kvindex.fleet import Fleet
-from kvindex.workload import Workload
 from scorer import PrefixScorer
 
-from .documents import Block, Command, Page, commands_of, same_output, words_of
-from .models import make_folder
+from .documents import Block, Command, Page, Wrong, commands_of, same_output, words_of
+from .not_run import ROOT, check_kvindex, not_run
+from .world import MODEL, World
+from .written import check_data
 
-ROOT = Path(__file__).parents[1]
-MODEL = "Qwen/Qwen3-8B"
-HOSTS = ("10.0.0.7", "10.0.0.8", "10.0.0.9")
 COPIED = ("proto", "deploy", "examples", "benchmarks", "compose.yaml", "Dockerfile", "Makefile")
 PATIENCE_S = 60.0
 AGAIN_S = 20.0
-KVINDEX = typer.main.get_command(app)
 STATUSES = {
     "doctor": (0, 1),  # it says of a simulated engine what it thinks of it
     "replay": (0, 1),  # nobody may come to hear what it publishes
 }
-
-
-class Wrong(AssertionError):
-    """Something on a page does not hold."""
-
-
-class NotRun(NamedTuple):
-    """A kind of command that a test cannot run."""
-
-    begins: str
-    """A pattern."""
-    why: str
-    check: Callable[[list[str], Path], None]
-    """Looks at its words all the same."""
-
-
-# ---- what is not run
-
-
-def _files_exist(words: list[str], folder: Path) -> None:
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        if word in ("-f", "--file", "--filename") and "://" not in after and not (folder / after).exists():
-            raise Wrong(f"{' '.join(words)}: there is no {after}")
-
-
-def _compose(words: list[str], folder: Path) -> None:
-    _files_exist(words, folder)
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    if words[2:3] and words[2] in ("logs", "run", "stop", "kill", "restart", "exec", "start"):
-        (named, *_) = [word for word in words[3:] if not word.startswith("-")]
-        if named not in services:
-            raise Wrong(f"{' '.join(words)}: there is no service {named!r}, but {', '.join(services)}")
-
-
-def _target_exists(words: list[str], _: Path) -> None:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for word in words[1:]:
-        if "=" not in word and not word.startswith("-") and word not in targets:
-            raise Wrong(f"make {word}: there is no such target")
-
-
-def _extras_exist(words: list[str], _: Path) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for word in words:
-        named = re.fullmatch(r"([\w.-]+)\[([\w,-]+)\]", word)
-        if named and named[1] == project["name"]:
-            unknown = set(named[2].split(",")) - set(project["optional-dependencies"])
-            if unknown:
-                raise Wrong(f"{word}: there is no extra {', '.join(unknown)}")
-
-
-def _program_exists(words: list[str], folder: Path) -> None:
-    """`python FILE --option` or `python -m MODULE --option`: it is there, and knows the options."""
-    path = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
-    file = folder / path
-    if not file.exists():
-        raise Wrong(f"{' '.join(words)}: there is no {path}")
-    text = file.read_text()
-    for word in words[2:]:
-        option = word.partition("=")[0]
-        if option.startswith("--") and f'"{option}"' not in text:
-            raise Wrong(f"{' '.join(words)}: {path} does not know {option}")
-
-
-def _vllm(words: list[str], _: Path) -> None:
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        if word == "--kv-events-config":
-            known = {
-                "enable_kv_cache_events",
-                "publisher",
-                "endpoint",
-                "replay_endpoint",
-                "buffer_steps",
-                "hwm",
-                "topic",
-            }
-            unknown = set(json.loads(after)) - known
-            if unknown:
-                raise Wrong(f"--kv-events-config: vLLM knows no {', '.join(unknown)}")
-
-
-def _ours(words: list[str], _: Path) -> None:
-    if words[0].endswith("kvindex"):
-        check_kvindex(words)
-
-
-def _nothing(_: list[str], __: Path) -> None:
-    """It names nothing of ours."""
-
-
-NOT_RUN = [
-    NotRun(r"docker compose", "needs containers", _compose),
-    NotRun(r"docker ", "needs containers", _files_exist),
-    NotRun(r"kubectl ", "needs a cluster", _files_exist),
-    NotRun(r"vllm serve|python -m sglang", "needs a GPU", _vllm),
-    NotRun(r"make ", "sets up, builds or measures for minutes", _target_exists),
-    NotRun(r"(\S*python -m )?pip install", "changes the environment", _extras_exist),
-    NotRun(r"\S*python (-m )?(benchmarks[/.]|examples[/.](load|demo|plot))", "measures for minutes", _program_exists),
-    NotRun(r"(kvindex|curl) .*https://", "needs a certificate for that name", _ours),
-    NotRun(r"git clone|cd kv-cache-indexer", "would fetch this repository", _nothing),
-]
-
-
-def check_kvindex(words: list[str]) -> None:
-    """See that there is such a command of ours with such options. The values are not looked at where `...` is one."""
-    name = words[1] if len(words) > 1 else "--help"
-    if name.startswith("-"):
-        return
-    command = KVINDEX.commands.get(name)
-    if command is None:
-        raise Wrong(f"{' '.join(words)}: there is no command {name!r}")
-    known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
-    for word in words[2:]:
-        option = word.strip("[]").partition("=")[0]
-        if option.startswith("--") and option not in {*known, "--help"}:
-            raise Wrong(f"{' '.join(words)}: there is no option {option}")
-
-
-def not_run(text: str) -> NotRun | None:
-    """Give why a command is not run, if it is not."""
-    return next((kind for kind in NOT_RUN if re.match(kind.begins, text)), None)
-
-
-# ---- the world that pages speak of
-
-
-class World:
-    """A small fleet with traffic, an engine's API, a folder of tokenizers, a Redis."""
-
-    def __init__(self, folder: Path, redis_url: str) -> None:
-        self.folder = folder
-        self.redis_url = redis_url
-        self.models = folder / "models"
-        make_folder(self.models / MODEL, _tokenizer())
-        self.snapshot = folder / "snapshot"
-        snapshots.write_snapshot(self.snapshot, EventPool(open_index("memory://")).snapshot())
-        self.fleet = Fleet(len(HOSTS), model=MODEL, num_blocks=2_048)
-        self.prompt = list(range(64))
-        for number in range(len(HOSTS)):
-            self.fleet.step(number, self.prompt)
-        self._stop = threading.Event()
-        self._traffic = threading.Thread(target=self._run, daemon=True)
-        self._traffic.start()
-        self._engine = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Engine)
-        self.engine = f"127.0.0.1:{self._engine.server_port}"
-        threading.Thread(target=self._engine.serve_forever, daemon=True).start()
-
-    def _run(self) -> None:
-        for number, turn in enumerate(Workload(max_tokens=512)):
-            if self._stop.wait(0.02):
-                return
-            self.fleet.step(number % len(HOSTS), turn.prompt, turn.output)
-
-    def close(self) -> None:
-        self._stop.set()
-        self._traffic.join()
-        self._engine.shutdown()
-        self._engine.server_close()
-        self.fleet.close()
-
-    def substituted(self, text: str) -> str:
-        """Put this world's addresses in the place of those of a page."""
-        for host, entry in zip(HOSTS, self.fleet.endpoints(), strict=True):
-            text = text.replace(f"tcp://{host}:5557", entry["endpoint"])
-            text = re.sub(rf"tcp://{re.escape(host)}:(5558|5657)\b", entry["replay"], text)
-            text = text.replace(f"http://{host}:8000", f"http://{self.engine}")
-        text = text.replace("redis://redis:6379/0", self.redis_url).replace(
-            "http://llm-d:8080", f"http://{self.engine}"
-        )
-        text = re.sub(r"(?<![\w./-])/models\b", str(self.models), text)
-        text = text.replace("/root/.cache/huggingface/hub", str(self.models))
-        return text.replace("/var/lib/kvindex", str(self.folder))
-
-
-class _Engine(http.server.BaseHTTPRequestHandler):
-    """Says what a vLLM would, and an indexer that knows nothing."""
-
-    def do_GET(self) -> None:
-        says = {"data": [{"id": MODEL}]}
-        self._answer(json.dumps(says) if self.path == "/v1/models" else "")
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/score_completions":
-            self._answer("{}")
-            return
-        self._answer(json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}))
-
-    def _answer(self, text: str) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def _tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["Once upon a time"], trainer)
-    return tokenizer
-
-
-# ---- reading a page
+HAS_TOOLS = all(map(shutil.which, ("bash", "curl")))
 
 
 def _read_json(text: str) -> None:
@@ -628,60 +402,3 @@ def _base_port(count: int = 32) -> int:
                 continue
             return base
     raise Wrong("no free ports")
-
-
-# ---- files
-
-
-def check_data(language: str, text: str, folder: Path) -> None:
-    """See that a block is a configuration, a list of pods, manifests, a compose or collector file that can be used."""
-    try:
-        things = [tomllib.loads(text)] if language == "toml" else list(yaml.safe_load_all(text))
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise Wrong(f"no {language.upper()}: {error}") from None
-    for thing in things:
-        try:
-            if isinstance(thing, list):
-                found_in(msgspec.convert(thing, list[PodEntry]))
-            elif isinstance(thing, dict) and {"apiVersion", "kind"} <= thing.keys():
-                load(None, environment_of(thing))
-            elif isinstance(thing, dict) and {"receivers", "exporters"} <= thing.keys():
-                check_collector(thing)
-            elif isinstance(thing, dict) and "services" in thing:
-                for service in thing["services"].values():
-                    environ = service.get("environment") or {}
-                    load(None, {key: str(value) for key, value in environ.items()})
-            else:
-                path = folder / f".block.{language}"
-                path.write_text(text)
-                load(path, {})
-        except Exception as error:
-            raise Wrong(f"{error}\n{text}") from error
-
-
-def check_collector(thing: dict[str, Any]) -> None:
-    """See that an OpenTelemetry collector takes traces by OTLP over HTTP, and that its pipelines name what there is."""
-    for name, pipeline in thing["service"]["pipelines"].items():
-        for kind, used in pipeline.items():
-            if unknown := set(used) - thing[kind].keys():
-                raise Wrong(f"service.pipelines.{name}.{kind}: there is no {', '.join(unknown)}")
-    for receiver in thing["service"]["pipelines"]["traces"]["receivers"]:
-        if receiver.startswith("otlp") and "http" in thing["receivers"][receiver]["protocols"]:
-            return
-    raise Wrong("service.pipelines.traces: nobody takes OTLP over HTTP")
-
-
-def environment_of(manifest: Any) -> dict[str, str]:
-    """Give the variables that a Kubernetes manifest sets for kvindex."""
-    if isinstance(manifest, list):
-        return {key: value for one in manifest for key, value in environment_of(one).items()}
-    if not isinstance(manifest, dict):
-        return {}
-    found = environment_of(list(manifest.values()))
-    for one in manifest.get("env") or []:
-        if one["name"].startswith("KVINDEX_"):
-            found[one["name"]] = one.get("value", "secret")
-    return found
-
-
-HAS_TOOLS = all(map(shutil.which, ("bash", "curl")))

@@ -7,7 +7,8 @@ import yaml
 
 from kvindex.config import load
 
-from .reader import KVINDEX, environment_of
+from .not_run import KVINDEX
+from .written import environment_of
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = sorted((ROOT / "deploy/kubernetes").glob("*.yaml"))

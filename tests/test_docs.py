@@ -12,8 +12,10 @@ import pytest
 from kvindex.config import _NOT_KEYS, variables
 
 from .conftest import NEEDS_REDIS
-from .documents import commands_of, read_page, same_output, words_of
-from .reader import HAS_TOOLS, ROOT, Reader, World, Wrong, check_kvindex, not_run
+from .documents import Wrong, commands_of, read_page, same_output, words_of
+from .not_run import ROOT, check_kvindex, not_run
+from .reader import HAS_TOOLS, Reader
+from .world import World
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COLLECTOR = """
