@@ -174,4 +174,5 @@ def block_keys(
     check_block_size(block_size)
     tokens = token_buffer(token_ids)
     extras = image_extras(mm_items, block_size, range(len(tokens) // (4 * block_size))) if mm_items else None
-    return extend_chain(root_key(model, block_size, lora_name, cache_salt), tokens, block_size, extras)
+    root = root_key(model, block_size, None if lora_name == "" else lora_name, cache_salt or None)
+    return extend_chain(root, tokens, block_size, extras)
