@@ -254,6 +254,19 @@ def test_what_is_answered_does_not_depend_on_what_was_asked_before(open_new):
     assert answers[0] == answers[1]
 
 
+def test_the_sizes_of_last_chunks_do_not_push_out_those_of_whole_ones(open_new):
+    index = open_new(Limits(block_sizes=2))
+    for pod in (POD, Source("other")):
+        index.register(pod, model=MODEL)
+    for size in range(1, 4):  # a connector saves what is left of prompts, here and there
+        for pod in (POD, Source("other")):
+            index.apply(pod, [stored([100 + size], [99] * size, size=size, medium="cpu")])
+    index.apply(POD, [stored([1, 2], range(8)), stored([3], range(16), size=16, medium="cpu")])
+    index.apply(Source("other"), [stored([3], range(16), size=16, medium="cpu")])
+    (holding,) = index.match(Prompt(range(20), MODEL), pods=[POD.pod])
+    assert [(run.tokens, run.media) for run in holding.runs] == [(8, ("cpu", "gpu")), (8, ("cpu",))]
+
+
 @pytest.mark.parametrize("size", [0, 3, -1, 2**31, 2**32, 2**40])
 def test_of_a_size_that_nobody_uses_nobody_holds_blocks(index, size):
     index.apply(POD, [stored([1], range(4))])
