@@ -77,7 +77,9 @@ class Applier:
 
         Batches that simply follow each other go to the index together: the more at once, the cheaper each.
         """
-        self._spoke_at[publisher] = self._now = time.monotonic()
+        self._now = time.monotonic()
+        if publisher in self.flows:
+            self._spoke_at[publisher] = self._now
         is_spoiled = False
         if publisher not in self.flows:
             first = self._apply_each(publisher, messages[:1], self._decode(messages[:1]))
@@ -174,7 +176,7 @@ class Applier:
         for message, batch in zip(messages, decoded, strict=True):
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
-                is_spoiled = True
+                is_spoiled, is_emptied = True, False
                 continue
             flows = self.flows.get(publisher, {})
             flow = flows.get(batch.rank or 0) or self._begin(publisher, message, batch)
@@ -253,6 +255,7 @@ class Applier:
                 self._index.restart(source)
         flow = Flow(source, Stream(first=first_of(source.pod)), Notes())
         self.flows.setdefault(publisher, {})[source.rank] = flow
+        self._spoke_at[publisher] = self._now
         return flow
 
     def _follow(self, publisher: Publisher, flow: Flow, verdict: Verdict, seq: int) -> None:
