@@ -181,11 +181,12 @@ def test_connecting_to_a_publisher(index, pool, context):
         send(publisher, 0, STORED, topic=b"any text")
         publisher.send_multipart([b"", b"short", b""])
         publisher.send_multipart([b"", b"x" * 8])
+        send(publisher, 1, STORED, topic=b"x" * 1025)
         send(publisher, 1, ["BlockStored", [2], 1, [5, 6, 7, 8], 4, None])
-        wait_for(pool, 4)
+        wait_for(pool, 5)
         assert blocks(index, range(1, 9)) == {"10.0.0.7:8000": 2}
         assert trust(index, "10.0.0.7:8000") == ""
-        assert pool.stats()["dropped_bad_frames_total"] == 2
+        assert pool.stats()["dropped_bad_frames_total"] == 3
         assert pool.connected() == {"10.0.0.7:8000": True}
         pool.unsubscribe("10.0.0.7:8000")
         assert blocks(index) == {}
