@@ -107,6 +107,23 @@ def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
     assert blocks(index) == {"pod-a": 1}
 
 
+def test_events_that_could_not_be_used_degrade_until_a_reset(index, pool):
+    def said(*events):
+        pool.submit(message(next(numbers), *events))
+        pool.drain()
+        return trust(index)
+
+    numbers = iter(range(99))
+    assert said(STORED, ["Unknown"]) == ""
+    assert said(["BlockRemoved", ["no hash"]]).startswith("unread")
+    assert said(["BlockRemoved", [1]]).startswith("unread")
+    assert said(["AllBlocksCleared"]) == ""
+    assert said(["AllBlocksCleared"], 7).startswith("unread")  # who knows which came first
+    numbers = iter(range(99))
+    assert said(STORED) == ""
+    assert blocks(index) == {"pod-a": 1}
+
+
 @pytest.mark.parametrize(("size", "count", "takes"), [(10, 130, [64, 64, 2]), (700_000, 3, [2, 1])])
 def test_a_worker_takes_so_many_messages_or_bytes_at_once(size, count, takes):
     queue = ShardQueue(1000, 1 << 30)
