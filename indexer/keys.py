@@ -49,7 +49,8 @@ def token_buffer(token_ids: TokenIds) -> memoryview:
         return _packed(list(token_ids))
     if view.ndim != 1 or not view.contiguous:
         raise InvalidQuestion(f"token_ids: expected one contiguous row of numbers, got a buffer of shape {view.shape}")
-    if view.format in ("B", "b", "c"):
+    # arrays hold a number in each byte; of all else bytes are what the numbers are made of
+    if view.format in ("B", "c") and not (isinstance(token_ids, array) or hasattr(token_ids, "dtype")):
         if view.nbytes % 4:
             raise InvalidQuestion(f"token_ids: {view.nbytes} bytes are no whole number of uint32")
         return view.cast("B")
