@@ -254,6 +254,16 @@ def test_what_is_answered_does_not_depend_on_what_was_asked_before(open_new):
     assert answers[0] == answers[1]
 
 
+def test_what_is_left_of_a_prompt_behind_its_chunks_is_no_block_and_says_nothing_of_lost_ones(index):
+    chunks = [stored([1], range(9), size=8, medium="cpu"), stored([2], range(8, 16), parent=1, size=8, medium="cpu")]
+    index.apply(POD, [*chunks, stored([3], range(16, 20), parent=2, size=4, medium="cpu")])
+    (holding,) = index.match(Prompt(range(20), MODEL))
+    assert (holding.tokens, holding.degraded) == (16, "")
+    assert (index.stats()["partial_blocks_total"], index.stats()["waiting"]) == (1, 0)
+    index.apply(POD, [stored([4], range(16, 20), parent=2, size=4, medium="cpu", group_idx=0)])
+    assert index.sources()[0].degraded.startswith("unknown parent")
+
+
 def test_the_sizes_of_last_chunks_do_not_push_out_those_of_whole_ones(open_new):
     index = open_new(Limits(block_sizes=2))
     for pod in (POD, Source("other")):
