@@ -228,8 +228,8 @@ class Ledger:
         changes: list[Change] = []
         place = Place(event.medium, event.group_idx)
         slots = self._slots_at(place)
-        for slot in slots:
-            slot.seen = None  # removals are announced here, so nothing has to age out
+        if len(slots) == 1:
+            slots[0].seen = None  # removals are announced here, so nothing has to age out
         for name in event.block_hashes:
             holder = next((slot for slot in slots if name in slot.held), None)
             waited = False
@@ -238,6 +238,7 @@ class Ledger:
             if holder is None:
                 self._counters["removed_unknown_total"] += not waited
                 continue
+            holder.seen = None  # what another connector keeps on the medium, in other sizes, may have to yet
             copies = holder.copies.get(name)
             if copies is None:
                 self._drop(holder, name, changes)

@@ -328,6 +328,16 @@ def test_tiers_that_never_announce_removals_age_out(open_new):
     assert index.sources()[0].tiers == {"gpu": 1, "cpu": 0, "disk": 1}
 
 
+def test_removals_of_one_connector_say_nothing_of_what_another_keeps_on_its_medium(open_new):
+    index = open_new(Limits(silent_tier_ttl_s=0.0))
+    index.register(POD, model=MODEL)
+    index.apply(POD, [stored([1, 2], range(8), medium="cpu"), stored([3], range(8), size=8, medium="cpu")])
+    index.apply(POD, [removed(2, medium="cpu")])
+    index.expire()
+    assert held(index, range(8)) == 4
+    assert index.sources()[0].tiers == {"cpu": 1}
+
+
 def test_threads_hammer_one_index(open_new):
     index = open_new()
     sources = [Source(f"pod-{n}") for n in range(6)]

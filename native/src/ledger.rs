@@ -504,10 +504,8 @@ impl Ledger {
 
     fn remove_from(&mut self, place: &Place, hashes: &[EngineHash], at: &Here) {
         let slots = self.slots_at(place);
-        for slot in &slots {
-            self.slots[*slot].seen = None; // removals are announced here, so nothing has to age out
-        }
         if let [slot] = slots[..] {
+            self.slots[slot].seen = None; // removals are announced here, so nothing has to age out
             for name in hashes {
                 self.slots[slot].held.prefetch(*name, at.secret);
             }
@@ -523,6 +521,7 @@ impl Ledger {
                 continue;
             };
             let slot = &mut self.slots[holder];
+            slot.seen = None; // what another connector keeps on the medium, in other sizes, may have to yet
             match slot.copies.get_mut(name) {
                 None => self.drop_name(holder, *name, at),
                 Some(2) => {
