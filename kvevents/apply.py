@@ -250,6 +250,8 @@ class Applier:
         if not source.pod:
             self._discard(message, "no_identity", "empty topic, and the endpoint was not subscribed for a pod")
             return None
+        if source.rank:
+            self._forget_guess(source.pod)
         if source not in self.sources() and not self._register(source, message, batch):
             return None
         if publisher in self._anew:
@@ -260,6 +262,14 @@ class Applier:
         self.flows.setdefault(publisher, {})[source.rank] = flow
         self._spoke_at[publisher] = self._now
         return flow
+
+    def _forget_guess(self, pod: str) -> None:
+        """Forget that a pod was taken to have a rank 0 before any of its ranks spoke."""
+        if any(source.pod == pod for source in self.sources()):
+            return
+        known = [status for status in self._index.sources() if status.source.pod == pod]
+        if [status.source for status in known] == [Source(pod)] and known[0].last_seq is None:
+            self._index.forget(pod)
 
     def _follow(self, publisher: Publisher, flow: Flow, verdict: Verdict, seq: int) -> None:
         """Say to the index what a number other than the one that was due means."""

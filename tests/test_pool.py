@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from indexer import Prompt, Source, open_index
+from indexer import Limits, Prompt, Source, open_index
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
 from kvevents import pool as pool_module
 from kvevents.message import Note, Publisher
@@ -262,6 +262,19 @@ def test_endpoints_that_cannot_be_used_are_refused(pool):
     pool.subscribe("pod", "tcp://127.0.0.1:9")
     with pytest.raises(SubscriptionError, match="already"):
         pool.subscribe("pod", "tcp://127.0.0.1:9")
+
+
+def test_more_pods_than_an_index_follows_are_refused_by_name(open_new):
+    index = open_new(Limits(max_sources=1))
+    with EventPool(index) as pool:
+        pool.subscribe("pod-a", "tcp://127.0.0.1:9", model="m")
+        for _ in range(2):  # nothing is left of the first try
+            with pytest.raises(SubscriptionError, match=r"pod-b.*max_sources"):
+                pool.subscribe("pod-b", "tcp://127.0.0.1:9", model="m")
+        assert pool.connected() == {"pod-a": False}
+        pool.unsubscribe("pod-a")
+        pool.subscribe("pod-b", "tcp://127.0.0.1:9", model="m")
+        assert [status.source.pod for status in index.sources()] == ["pod-b"]
 
 
 def test_a_closed_pool_says_so(index):
