@@ -104,7 +104,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     remembered_blocks: int = 8_192
     """Removed blocks of one source whose tokens are still known, for events that name them without tokens."""
     block_sizes: int = 8
-    """Block sizes of one model that a question is asked for: those that the most sources use, of these the smallest."""
+    """Block sizes of one model that a question is asked for: those that the most sources use, on ``gpu`` before any
+    other tier, and of these the largest."""
     silent_tier_ttl_s: float = 3_600.0
     """How long a block stays on a tier other than ``gpu`` whose removals the engine has never announced."""
     max_bytes: int | None = None

@@ -49,7 +49,8 @@ def token_buffer(token_ids: TokenIds) -> memoryview:
         return _packed(list(token_ids))
     if view.ndim != 1 or not view.contiguous:
         raise InvalidQuestion(f"token_ids: expected one contiguous row of numbers, got a buffer of shape {view.shape}")
-    if view.format in ("B", "b", "c"):
+    # arrays hold a number in each byte; of all else bytes are what the numbers are made of
+    if view.format in ("B", "c") and not (isinstance(token_ids, array) or hasattr(token_ids, "dtype")):
         if view.nbytes % 4:
             raise InvalidQuestion(f"token_ids: {view.nbytes} bytes are no whole number of uint32")
         return view.cast("B")
@@ -174,4 +175,5 @@ def block_keys(
     check_block_size(block_size)
     tokens = token_buffer(token_ids)
     extras = image_extras(mm_items, block_size, range(len(tokens) // (4 * block_size))) if mm_items else None
-    return extend_chain(root_key(model, block_size, lora_name, cache_salt), tokens, block_size, extras)
+    root = root_key(model, block_size, None if lora_name == "" else lora_name, cache_salt or None)
+    return extend_chain(root, tokens, block_size, extras)

@@ -141,6 +141,9 @@ class Ledger:
             parent = root_key(self.model, size, event.lora, event.cache_salt)
         else:
             known = self._key_of(event.parent_block_hash, size)
+            if known is None and self._ends_a_prompt(event):
+                self._counters["partial_blocks_total"] += len(hashes)
+                return False
             if known is None:
                 self._counters["parked_total"] += len(hashes)
                 self.waiting.park(event, event.parent_block_hash)
@@ -158,6 +161,13 @@ class Ledger:
             for name, key in zip(hashes, keys, strict=False):
                 self._place(name, (key, size), changes)
         return True
+
+    def _ends_a_prompt(self, event: BlockStored) -> bool:
+        """Say whether this is what was left of a prompt behind its whole chunks (WIRE B1a): no whole block either."""
+        if event.group_idx is not None or event.parent_block_hash is None or tier_of(event.medium) == "gpu":
+            return False
+        before = self.find(event.parent_block_hash)
+        return before is not None and before[1] > event.block_size
 
     def _store_named(self, event: BlockStored, size: int, changes: list[Change]) -> None:
         """Store hashes that do not come with their own tokens; `size` 0 takes any block size they are known with."""
@@ -218,8 +228,8 @@ class Ledger:
         changes: list[Change] = []
         place = Place(event.medium, event.group_idx)
         slots = self._slots_at(place)
-        for slot in slots:
-            slot.seen = None  # removals are announced here, so nothing has to age out
+        if len(slots) == 1:
+            slots[0].seen = None  # removals are announced here, so nothing has to age out
         for name in event.block_hashes:
             holder = next((slot for slot in slots if name in slot.held), None)
             waited = False
@@ -228,6 +238,7 @@ class Ledger:
             if holder is None:
                 self._counters["removed_unknown_total"] += not waited
                 continue
+            holder.seen = None  # what another connector keeps on the medium, in other sizes, may have to yet
             copies = holder.copies.get(name)
             if copies is None:
                 self._drop(holder, name, changes)

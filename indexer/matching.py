@@ -76,7 +76,11 @@ def readers_of(caches: Sequence[Cache], block_sizes: int) -> list[Reader]:
     shared = [slot for cache in caches if cache.fleet_wide for slot in cache.slots]
     # by sources, not by blocks: their number depends on the layout alone, and no source has more than its one vote
     votes = Counter(size for cache in caches for size in {slot.block_size for slot in cache.slots})
-    sizes = set(sorted(votes, key=lambda size: (-votes[size], size))[:block_sizes])
+    first = Counter(
+        size for cache in caches for size in {slot.block_size for slot in cache.slots if slot.tier == "gpu"}
+    )
+    # a prompt's last chunk is smaller than a whole one, and of any size (WIRE B1a): those must not push out the others
+    sizes = set(sorted(votes, key=lambda size: (-first[size], -votes[size], -size))[:block_sizes])
     return [
         Reader(
             cache.source,

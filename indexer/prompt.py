@@ -42,8 +42,9 @@ class Prompt:
         self._chains: dict[tuple[int, bool], list[BlockKey]] = {}
         self.length = len(self.tokens) // 4
         self.model = model
-        self.lora_name = lora_name
-        self.cache_salt = cache_salt or None  # engines treat an empty salt as none
+        # engines treat an empty name or salt as none
+        self.lora_name = None if lora_name == "" else lora_name
+        self.cache_salt = cache_salt or None
         self.images = tuple(mm_items)
         for item in self.images:
             _check_image(item)

@@ -17,11 +17,13 @@ from kvevents.hearing import LastHeard, Notes, last_heard
 from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
 from kvevents.position import RankPosition
 from kvevents.stream import Stream, Verdict
-from kvevents.trust import GAP, MISSED_START, NO_EVENTS_YET, RECONNECTED, Trust
+from kvevents.trust import GAP, MISSED_START, NO_EVENTS_YET, RECONNECTED, UNREAD, Trust
 from kvevents.wire import batch_time, decode_batches, name_errors
 
 _NEXT = Verdict.NEXT
 _HEALED = frozenset({Verdict.FIRST, Verdict.RESTART})
+_HARMLESS = {"unknown_event"}
+"""Discards that say nothing of blocks: engines announce other things, too."""
 _UNKNOWN_PAST = frozenset({Verdict.LATE, Verdict.RESTART_LATE})
 
 
@@ -77,7 +79,9 @@ class Applier:
 
         Batches that simply follow each other go to the index together: the more at once, the cheaper each.
         """
-        self._spoke_at[publisher] = self._now = time.monotonic()
+        self._now = time.monotonic()
+        if publisher in self.flows:
+            self._spoke_at[publisher] = self._now
         is_spoiled = False
         if publisher not in self.flows:
             first = self._apply_each(publisher, messages[:1], self._decode(messages[:1]))
@@ -99,14 +103,14 @@ class Applier:
             self._log.info("begins_anew", pod=flow.source.pod, rank=flow.source.rank)
             flow.stream.last = None
             with suppress(InvalidQuestion):  # it may have been forgotten meanwhile
-                self._index.restart(flow.source)
+                self._restart(flow.source)
 
     def drop(self, publisher: Publisher) -> None:
         """Forget what a publisher said that will hardly come back as the same engine."""
         for source in self.sources_of(publisher):
             self.trust.judge(publisher, source, NO_EVENTS_YET)
             with suppress(InvalidQuestion):
-                self._index.restart(source)
+                self._restart(source)
         for flow in self.flows.get(publisher, {}).values():
             flow.stream.last = None
         self.trust.show(publisher)
@@ -174,7 +178,7 @@ class Applier:
         for message, batch in zip(messages, decoded, strict=True):
             if isinstance(batch, DecodeError):
                 self._discard(message, batch.reason, str(batch))
-                is_spoiled = True
+                is_spoiled, is_emptied = True, False
                 continue
             flows = self.flows.get(publisher, {})
             flow = flows.get(batch.rank or 0) or self._begin(publisher, message, batch)
@@ -188,14 +192,15 @@ class Applier:
             if verdict is not _NEXT:
                 is_emptied = False
                 self._follow(publisher, flow, verdict, seq)
-            if batch.discards:
-                self._note_discards(flow.source, batch, seq)
             due.append(batch)
             if batch.clears:
                 self._hand_over(flow, due, seq, is_live=is_live)
+                self.trust.renew(flow.source)
                 self.trust.judge(publisher, flow.source, "")  # an empty cache is a known one
                 is_emptied = True
                 due = []
+            if batch.discards:
+                self._note_discards(publisher, flow.source, batch, seq)
         if last is not None:
             self._hand_over(last, due, seq, is_live=is_live)
         return Applied(is_spoiled, is_emptied)
@@ -245,15 +250,26 @@ class Applier:
         if not source.pod:
             self._discard(message, "no_identity", "empty topic, and the endpoint was not subscribed for a pod")
             return None
+        if source.rank:
+            self._forget_guess(source.pod)
         if source not in self.sources() and not self._register(source, message, batch):
             return None
         if publisher in self._anew:
             self._anew.discard(publisher)
             if any(status.blocks for status in self._index.sources() if status.source == source):
-                self._index.restart(source)
+                self._restart(source)
         flow = Flow(source, Stream(first=first_of(source.pod)), Notes())
         self.flows.setdefault(publisher, {})[source.rank] = flow
+        self._spoke_at[publisher] = self._now
         return flow
+
+    def _forget_guess(self, pod: str) -> None:
+        """Forget that a pod was taken to have a rank 0 before any of its ranks spoke."""
+        if any(source.pod == pod for source in self.sources()):
+            return
+        known = [status for status in self._index.sources() if status.source.pod == pod]
+        if [status.source for status in known] == [Source(pod)] and known[0].last_seq is None:
+            self._index.forget(pod)
 
     def _follow(self, publisher: Publisher, flow: Flow, verdict: Verdict, seq: int) -> None:
         """Say to the index what a number other than the one that was due means."""
@@ -264,13 +280,13 @@ class Applier:
             self.counters["missing_total"] += stream.missing
             self._log.warning("gap", pod=source.pod, rank=source.rank, missing=stream.missing, seq=seq)
             if self._on_gap == "drop":
-                self._index.restart(source)
+                self._restart(source)
             self.trust.judge(publisher, source, GAP)
             return
         if verdict in (Verdict.RESTART, Verdict.RESTART_LATE):
             self.counters["restarts_total"] += 1
             self._log.info("restart", pod=source.pod, rank=source.rank, seq=seq)
-            self._index.restart(source)
+            self._restart(source)
         if verdict in _UNKNOWN_PAST:
             self.trust.judge(publisher, source, MISSED_START)
         elif verdict in _HEALED:
@@ -292,7 +308,13 @@ class Applier:
             return False
         return True
 
-    def _note_discards(self, source: Source, batch: Decoded, seq: int) -> None:
+    def _restart(self, source: Source) -> None:
+        self.trust.renew(source)
+        self._index.restart(source)
+
+    def _note_discards(self, publisher: Publisher, source: Source, batch: Decoded, seq: int) -> None:
+        if batch.discards.keys() - _HARMLESS:
+            self.trust.judge(publisher, source, UNREAD)
         for reason, count in batch.discards.items():
             self.counters[f"dropped_event_{reason}_total"] += count
         self._log.warning("events_discarded", pod=source.pod, seq=seq, reasons=dict(batch.discards))

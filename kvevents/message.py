@@ -9,6 +9,9 @@ import msgspec
 FLEET_WIDE = frozenset({"SHARED_STORAGE", "OBJECT_STORE"})
 """Names in the place of a pod that mean storage which any pod of the model can read (llm-d's storage connectors)."""
 
+MAX_TOPIC_BYTES = 1_024
+"""Topics name a pod and a model. Longer ones are none: they would be kept, and no bound counts them."""
+
 
 class Note(Enum):
     """What is told of a publisher in between its messages."""

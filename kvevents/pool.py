@@ -10,7 +10,7 @@ from typing import Self
 
 import structlog
 
-from indexer import Copies, Index, InvalidQuestion, Source, snapshots
+from indexer import Copies, Index, InvalidQuestion, LimitReached, Source, snapshots
 from kvevents import position
 from kvevents.apply import OnGap
 from kvevents.endpoints import check_endpoint
@@ -163,7 +163,8 @@ class EventPool:
         degraded source. `copies="set"` is for engines that announce blocks again without copying them (vLLM's report
         mode "full").
 
-        Raises `SubscriptionError` for an endpoint that cannot be used or that is subscribed already.
+        Raises `SubscriptionError` for an endpoint that cannot be used or that is subscribed already, and for more pods
+        than the index follows.
         """
         if not pod:
             raise SubscriptionError("pod: expected the name that the router uses, got ''")
@@ -177,26 +178,31 @@ class EventPool:
             first = not endpoints
             endpoints.add(endpoint)
         worker = self._worker(pod)
-        with worker.lock:
-            worker.shard.follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
         try:
+            with worker.lock:
+                worker.shard.follow(Publisher(pod, endpoint), replays=replay is not None, model=model)
+                if first and model:  # before it can say of which rank it is
+                    self._index.register(
+                        Source(pod),
+                        model=model,
+                        copies=copies or self._copies,
+                        fleet_wide=pod in FLEET_WIDE,
+                        degraded=NO_EVENTS_YET,
+                    )
             self._open().add(
                 Subscription(endpoint, pod=pod, model=model, topic=topic, copies=copies or "", replay=replay)
             )
-        except SubscriptionError:
+        except (SubscriptionError, LimitReached) as error:
             with self._lock:
                 endpoints.discard(endpoint)
                 if not endpoints:
                     self._subscribed.pop(pod, None)
+            if first:
+                with worker.lock:
+                    worker.shard.forget(pod, keep=False)
+            if isinstance(error, LimitReached):
+                raise SubscriptionError(f"pod {pod!r}: {error}") from error
             raise
-        if first and model:
-            self._index.register(
-                Source(pod),
-                model=model,
-                copies=copies or self._copies,
-                fleet_wide=pod in FLEET_WIDE,
-                degraded=NO_EVENTS_YET,
-            )
 
     def bind(self, endpoint: str, *, topic: str = "", model: str = "") -> str:
         """Open an endpoint that pods connect to; give its address, with the port where 0 asked for any.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import zmq
 from structlog.typing import FilteringBoundLogger
 
-from kvevents.message import Message, Note
+from kvevents.message import MAX_TOPIC_BYTES, Message, Note
 from kvevents.readable import Readable
 
 ANSWER_S = 3.0
@@ -140,7 +140,7 @@ class Replays:
                 frames = running.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return number > 0
-            if len(frames) < 2 or len(frames[-2]) != 8:
+            if len(frames) < 2 or len(frames[-2]) != 8 or (len(frames) > 3 and len(frames[-3]) > MAX_TOPIC_BYTES):
                 self._drop(request)
                 self._fail(request, f"an answer of {len(frames)} frames that is none")
                 return True

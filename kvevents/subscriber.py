@@ -18,7 +18,7 @@ import zmq.utils.monitor
 from structlog.typing import FilteringBoundLogger
 
 from kvevents.errors import SubscriptionError
-from kvevents.message import Message, Note, Publisher
+from kvevents.message import MAX_TOPIC_BYTES, Message, Note, Publisher
 from kvevents.readable import Readable
 from kvevents.replays import Replays, Request
 
@@ -256,7 +256,7 @@ class Receiver:
         for frames in burst:
             opened.heard = True
             self.counters["received_total"] += 1
-            if len(frames) != 3 or len(frames[1]) != 8:
+            if len(frames) != 3 or len(frames[1]) != 8 or len(frames[0]) > MAX_TOPIC_BYTES:
                 self.counters["dropped_bad_frames_total"] += 1
                 count = self.counters["dropped_bad_frames_total"]
                 if count & (count - 1) == 0:

@@ -15,6 +15,7 @@ RESTORED = "behind: loaded from a snapshot, and what was said since was not had 
 RECONNECTED = "unsure: the connection was lost, and what was said meanwhile cannot be asked for"
 NOT_REACHED = f"{UNREACHABLE}: nothing was heard of this source for long"
 UNSURE = "unsure: messages may be missing, and could not be had again"
+UNREAD = "unread: events were announced that could not be used"
 FAILED = "error: events could not be applied"
 
 
@@ -29,18 +30,26 @@ class Trust:
         self._index = index
         self._sources_of = sources_of
         self._verdicts: dict[Source, str] = {}
+        self._unread: set[Source] = set()
+        """Sources of which events could not be used since they were known to hold nothing."""
         self._behind: dict[Publisher, str] = {}
         self._unreachable: set[Publisher] = set()
 
     def judge(self, publisher: Publisher, source: Source, reason: str) -> None:
         """Say what the numbers of a source's messages mean for it, "" where nothing. Shown when nothing is worse."""
         self._verdicts[source] = reason
+        if reason == UNREAD:
+            self._unread.add(source)
         if publisher not in self._behind and publisher not in self._unreachable:
             self._show(publisher, source)
 
+    def renew(self, source: Source) -> None:
+        """Hear that a source holds nothing: what could not be read before is of no interest any more."""
+        self._unread.discard(source)
+
     def verdict(self, source: Source) -> str:
-        """Give what was judged last."""
-        return self._verdicts.get(source, NO_EVENTS_YET)
+        """Give what was judged last; what could not be read is held against a source even if nothing is missing."""
+        return self._verdicts.get(source, NO_EVENTS_YET) or (UNREAD if source in self._unread else "")
 
     def call_behind(self, publisher: Publisher, reason: str) -> None:
         """Say why a publisher's sources are behind, "" where they are not."""
@@ -81,6 +90,7 @@ class Trust:
         """Forget what is held against a pod."""
         for source in [source for source in self._verdicts if source.pod == pod]:
             del self._verdicts[source]
+            self._unread.discard(source)
         for publisher in [publisher for publisher in chain(self._behind, self._unreachable) if publisher.pod == pod]:
             self._behind.pop(publisher, None)
             self._unreachable.discard(publisher)

@@ -46,6 +46,8 @@ _REMOVED = ("block_hashes", "medium", "group_idx")
 _TAGS = {"stored": "BlockStored", "removed": "BlockRemoved", "cleared": "AllBlocksCleared"}
 _PAIRS_SINCE = 9
 """Fields after the tag from which on tagged arrays name images with their place (vLLM 0.20 added group_idx)."""
+_NOT_SAID = 0
+"""The parent of blocks that have one which the publisher does not name (LMCache sends it so, WIRE B1a)."""
 _DIGEST = re.compile(r"[0-9a-fA-F]{16,}")
 
 _BROKEN = (msgspec.DecodeError, RecursionError, ValueError, OverflowError, TypeError)
@@ -189,7 +191,12 @@ def _stored(fields: Mapping[Any, Any], *, pairs: bool) -> BlockStored:
         raise _BadEvent("bad_block_size")
     if tokens and len(hashes) - len(tokens) // size > (1 if len(tokens) % size else 0):
         raise _BadEvent("too_few_tokens")
-    parent = fields.get("parent_block_hash", fields.get("parent_hash"))
+    parent = fields.get("parent_block_hash")
+    if parent is None:
+        parent = fields.get("parent_hash")
+    place = fields.get("base_block_idx")
+    if parent is None and type(place) is int and place > 0:
+        parent = _NOT_SAID
     lora = _text(fields.get("lora_name"))
     salt = _text(fields.get("cache_salt")) or _text(fields.get("additional_salt"))
     extras = None

@@ -94,6 +94,30 @@ def test_an_index_that_reads_payloads_itself_comes_to_the_same(history, limits):
         assert sides[0].state() == sides[1].state()
 
 
+@pytest.mark.parametrize("impl", ["python", "native"])
+@pytest.mark.parametrize(
+    ("payloads", "applied"),
+    [
+        ([payload(CHAIN[0]), payload(CLEAR), payload(CHAIN[0])], (False, True)),
+        ([b"", payload(CLEAR), payload(CHAIN[0])], (True, True)),
+        ([payload(CHAIN[0]), payload(CLEAR), b""], (True, False)),
+        ([payload(CLEAR), b"", payload(CHAIN[0])], (True, False)),
+    ],
+)
+def test_what_is_lost_after_a_clear_is_not_made_up_for_by_it(impl, payloads, applied):
+    side, who = Side(impl, None), Publisher("a", "")
+    messages = [Message(b"", seq, body, who.pod) for seq, body in enumerate(payloads)]
+    assert side.applier.apply(who, messages) == applied
+
+
+@pytest.mark.parametrize("impl", ["python", "native"])
+def test_nothing_is_kept_of_who_is_not_followed(impl):
+    side = Side(impl, Limits(max_sources=1))
+    for pod, body in [("a", payload(CHAIN[0])), ("b", payload(CHAIN[0])), ("c", b""), ("", payload(CHAIN[0]))]:
+        side.applier.apply(Publisher(pod, "tcp://x"), [Message(b"", 0, body, pod, endpoint="tcp://x")])
+    assert set(side.applier.silences({"tcp://x"})) == {Publisher("a", "tcp://x")}
+
+
 @pytest.fixture
 def index():
     opened = open_index("memory://?impl=native")

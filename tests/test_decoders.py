@@ -431,6 +431,7 @@ def test_names_that_are_there_twice_or_in_part():
         "seq_hashes": [None, [2], "x"],
         "parent_block_hash": [None, 3, "x"],
         "parent_hash": [None, 4, "x"],
+        "base_block_idx": [None, 0, 5, -1, True, 2.0, "x"],
         "cache_salt": [None, "", "a", 5],
         "additional_salt": [None, "b", 5],
     }
@@ -527,6 +528,7 @@ USUAL = {
     "seq_hashes": st.lists(NAME, max_size=4),
     "parent_block_hash": st.none() | NAME,
     "parent_hash": st.none() | NAME,
+    "base_block_idx": st.sampled_from([None, 0, 1, 2**64 - 1]),
     "token_ids": st.lists(TOKEN, max_size=40) | st.lists(st.tuples(TOKEN, TOKEN), max_size=10),
     "block_size": st.sampled_from([0, 1, 2, 4, 16, MAX_BLOCK_SIZE, MAX_BLOCK_SIZE + 1]),
     "lora_id": st.sampled_from([None, 0, 1, 2**63, 2**63 + 1]),

@@ -254,6 +254,29 @@ def test_what_is_answered_does_not_depend_on_what_was_asked_before(open_new):
     assert answers[0] == answers[1]
 
 
+def test_what_is_left_of_a_prompt_behind_its_chunks_is_no_block_and_says_nothing_of_lost_ones(index):
+    chunks = [stored([1], range(9), size=8, medium="cpu"), stored([2], range(8, 16), parent=1, size=8, medium="cpu")]
+    index.apply(POD, [*chunks, stored([3], range(16, 20), parent=2, size=4, medium="cpu")])
+    (holding,) = index.match(Prompt(range(20), MODEL))
+    assert (holding.tokens, holding.degraded) == (16, "")
+    assert (index.stats()["partial_blocks_total"], index.stats()["waiting"]) == (1, 0)
+    index.apply(POD, [stored([4], range(16, 20), parent=2, size=4, medium="cpu", group_idx=0)])
+    assert index.sources()[0].degraded.startswith("unknown parent")
+
+
+def test_the_sizes_of_last_chunks_do_not_push_out_those_of_whole_ones(open_new):
+    index = open_new(Limits(block_sizes=2))
+    for pod in (POD, Source("other")):
+        index.register(pod, model=MODEL)
+    for size in range(1, 4):  # a connector saves what is left of prompts, here and there
+        for pod in (POD, Source("other")):
+            index.apply(pod, [stored([100 + size], [99] * size, size=size, medium="cpu")])
+    index.apply(POD, [stored([1, 2], range(8)), stored([3], range(16), size=16, medium="cpu")])
+    index.apply(Source("other"), [stored([3], range(16), size=16, medium="cpu")])
+    (holding,) = index.match(Prompt(range(20), MODEL), pods=[POD.pod])
+    assert [(run.tokens, run.media) for run in holding.runs] == [(8, ("cpu", "gpu")), (8, ("cpu",))]
+
+
 @pytest.mark.parametrize("size", [0, 3, -1, 2**31, 2**32, 2**40])
 def test_of_a_size_that_nobody_uses_nobody_holds_blocks(index, size):
     index.apply(POD, [stored([1], range(4))])
@@ -303,6 +326,16 @@ def test_tiers_that_never_announce_removals_age_out(open_new):
     index.apply(POD, [removed(9, medium="disk")])
     index.expire()
     assert index.sources()[0].tiers == {"gpu": 1, "cpu": 0, "disk": 1}
+
+
+def test_removals_of_one_connector_say_nothing_of_what_another_keeps_on_its_medium(open_new):
+    index = open_new(Limits(silent_tier_ttl_s=0.0))
+    index.register(POD, model=MODEL)
+    index.apply(POD, [stored([1, 2], range(8), medium="cpu"), stored([3], range(8), size=8, medium="cpu")])
+    index.apply(POD, [removed(2, medium="cpu")])
+    index.expire()
+    assert held(index, range(8)) == 4
+    assert index.sources()[0].tiers == {"cpu": 1}
 
 
 def test_threads_hammer_one_index(open_new):

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from indexer import Prompt, Source, open_index
+from indexer import Limits, Prompt, Source, open_index
 from kvevents import EventPool, Message, PoolClosed, SubscriptionError
 from kvevents import pool as pool_module
 from kvevents.message import Note, Publisher
@@ -107,6 +107,23 @@ def test_bad_messages_are_counted_and_cost_nothing_else(index, pool):
     assert blocks(index) == {"pod-a": 1}
 
 
+def test_events_that_could_not_be_used_degrade_until_a_reset(index, pool):
+    def said(*events):
+        pool.submit(message(next(numbers), *events))
+        pool.drain()
+        return trust(index)
+
+    numbers = iter(range(99))
+    assert said(STORED, ["Unknown"]) == ""
+    assert said(["BlockRemoved", ["no hash"]]).startswith("unread")
+    assert said(["BlockRemoved", [1]]).startswith("unread")
+    assert said(["AllBlocksCleared"]) == ""
+    assert said(["AllBlocksCleared"], 7).startswith("unread")  # who knows which came first
+    numbers = iter(range(99))
+    assert said(STORED) == ""
+    assert blocks(index) == {"pod-a": 1}
+
+
 @pytest.mark.parametrize(("size", "count", "takes"), [(10, 130, [64, 64, 2]), (700_000, 3, [2, 1])])
 def test_a_worker_takes_so_many_messages_or_bytes_at_once(size, count, takes):
     queue = ShardQueue(1000, 1 << 30)
@@ -181,11 +198,12 @@ def test_connecting_to_a_publisher(index, pool, context):
         send(publisher, 0, STORED, topic=b"any text")
         publisher.send_multipart([b"", b"short", b""])
         publisher.send_multipart([b"", b"x" * 8])
+        send(publisher, 1, STORED, topic=b"x" * 1025)
         send(publisher, 1, ["BlockStored", [2], 1, [5, 6, 7, 8], 4, None])
-        wait_for(pool, 4)
+        wait_for(pool, 5)
         assert blocks(index, range(1, 9)) == {"10.0.0.7:8000": 2}
         assert trust(index, "10.0.0.7:8000") == ""
-        assert pool.stats()["dropped_bad_frames_total"] == 2
+        assert pool.stats()["dropped_bad_frames_total"] == 3
         assert pool.connected() == {"10.0.0.7:8000": True}
         pool.unsubscribe("10.0.0.7:8000")
         assert blocks(index) == {}
@@ -244,6 +262,19 @@ def test_endpoints_that_cannot_be_used_are_refused(pool):
     pool.subscribe("pod", "tcp://127.0.0.1:9")
     with pytest.raises(SubscriptionError, match="already"):
         pool.subscribe("pod", "tcp://127.0.0.1:9")
+
+
+def test_more_pods_than_an_index_follows_are_refused_by_name(open_new):
+    index = open_new(Limits(max_sources=1))
+    with EventPool(index) as pool:
+        pool.subscribe("pod-a", "tcp://127.0.0.1:9", model="m")
+        for _ in range(2):  # nothing is left of the first try
+            with pytest.raises(SubscriptionError, match=r"pod-b.*max_sources"):
+                pool.subscribe("pod-b", "tcp://127.0.0.1:9", model="m")
+        assert pool.connected() == {"pod-a": False}
+        pool.unsubscribe("pod-a")
+        pool.subscribe("pod-b", "tcp://127.0.0.1:9", model="m")
+        assert [status.source.pod for status in index.sources()] == ["pod-b"]
 
 
 def test_a_closed_pool_says_so(index):

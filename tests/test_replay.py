@@ -101,6 +101,33 @@ def test_who_comes_late_hears_all_of_it(index, framing):
     engine.publisher.close()
 
 
+def test_a_pod_without_a_rank_0_is_not_taken_to_have_one(index):
+    engine = Engine(rank=3)
+    engine.store()
+    with EventPool(index) as pool:
+        engine.follow(pool)
+        until(lambda: any(status.blocks for status in index.sources()))
+        pool.drain()
+        assert [(status.source, status.degraded) for status in index.sources()] == [(Source(POD, 3), "")]
+    engine.publisher.close()
+
+
+def test_what_could_not_be_used_is_held_against_a_pod_whose_messages_are_all_there(index, engine):
+    with EventPool(index) as pool:
+        engine.store()
+        engine.publisher.publish([removed("vllm-map", ["no name"])])
+        engine.follow(pool)
+        until(lambda: status(index).degraded.startswith("unread"))
+        engine.store(lost=True)
+        engine.store()  # all is asked for and had again, that event too
+        until(lambda: status(index).blocks == 3)
+        pool.drain()
+        assert status(index).degraded.startswith("unread")
+        engine.restart()
+        engine.store()
+        until(lambda: is_exact(index, engine))
+
+
 def test_an_engine_that_said_nothing_yet_is_known_to_hold_nothing(index, engine):
     with EventPool(index) as pool:
         engine.follow(pool)

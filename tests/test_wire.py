@@ -74,6 +74,24 @@ def test_rfc_maps_with_milliseconds():
     assert batch.events[0].model == "m"
 
 
+@pytest.mark.parametrize(
+    ("said", "parent"),
+    [
+        ({"parent_hash": 7}, 7),
+        ({"parent_block_hash": None, "parent_hash": 7}, 7),
+        ({"parent_block_hash": 6, "parent_hash": 7}, 6),
+        ({"parent_hash": None, "base_block_idx": 0}, None),
+        ({"parent_hash": None, "base_block_idx": None}, None),
+        ({"parent_hash": None, "base_block_idx": 3}, 0),
+        ({"parent_hash": 7, "base_block_idx": 3}, 7),
+    ],
+)
+def test_blocks_that_do_not_begin_a_prompt_are_no_root(said, parent):
+    event = {"event_type": "stored", "seq_hashes": [5], "token_ids": [1, 2], "block_size": 2, "cache_salt": "s", **said}
+    stored = one(event)
+    assert (stored.parent_block_hash, stored.cache_salt) == (parent, "s" if parent is None else None)
+
+
 def test_signed_and_unsigned_hashes_are_the_same_and_bytes_stay_bytes():
     assert one(["BlockRemoved", [-1]]) == one(["BlockRemoved", [2**64 - 1]])
     assert one(["BlockRemoved", [b"\x01" * 32]]).block_hashes == [b"\x01" * 32]

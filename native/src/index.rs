@@ -629,17 +629,23 @@ impl Index {
     /// The block sizes that the most sources use, no more than a question is asked for. By sources, not by blocks: their
     /// number depends on the layout alone, and no source has more than its one vote.
     fn common_sizes<'a>(&self, sources: impl Iterator<Item = &'a [SlotView]>) -> Vec<u32> {
-        let mut votes: HashMap<u32, usize> = HashMap::new();
+        let mut votes: HashMap<u32, (usize, usize)> = HashMap::new();
         for slots in sources {
-            let sizes: HashSet<u32> = slots.iter().map(|slot| slot.block_size).collect();
-            for size in sizes {
-                *votes.entry(size).or_default() += 1;
+            let sizes: HashSet<(u32, bool)> =
+                slots.iter().map(|slot| (slot.block_size, slot.tier == Tier::Gpu)).collect();
+            for (size, is_first) in &sizes {
+                let (first, all) = votes.entry(*size).or_default();
+                *first += usize::from(*is_first);
+                *all += usize::from(*is_first || !sizes.contains(&(*size, true)));
             }
         }
-        let mut sizes: Vec<(u32, usize)> = votes.into_iter().collect();
-        sizes.sort_unstable_by_key(|(size, votes)| (std::cmp::Reverse(*votes), *size));
+        // a prompt's last chunk is smaller than a whole one, and of any size (WIRE B1a): those must not push out the
+        // others
+        let mut sizes: Vec<(usize, usize, u32)> =
+            votes.into_iter().map(|(size, (first, all))| (first, all, size)).collect();
+        sizes.sort_unstable_by_key(|votes| std::cmp::Reverse(*votes));
         sizes.truncate(self.limits.block_sizes);
-        sizes.into_iter().map(|(size, _)| size).collect()
+        sizes.into_iter().map(|(_, _, size)| size).collect()
     }
 
     /// Describes all sources that are followed, by name.

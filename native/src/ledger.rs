@@ -383,6 +383,10 @@ impl Ledger {
             None => root_key(&self.model, size, event.lora.as_ref(), event.cache_salt.as_deref()),
             Some(name) => match self.find(name, size, at.secret) {
                 Some((key, _)) => key,
+                None if self.ends_a_prompt(event, name, at) => {
+                    count(&at.counters.partial_blocks, hashes.len());
+                    return false;
+                }
                 None => {
                     count(&at.counters.parked, hashes.len());
                     self.waiting.park(event, name);
@@ -405,6 +409,13 @@ impl Ledger {
             }
         }
         true
+    }
+
+    /// Says whether this is what was left of a prompt behind its whole chunks (WIRE B1a): no whole block either.
+    fn ends_a_prompt(&self, event: &Stored, parent: EngineHash, at: &Here) -> bool {
+        event.group.is_none()
+            && Tier::of(&event.medium) != Tier::Gpu
+            && self.find(parent, 0, at.secret).is_some_and(|(_, size)| size > event.block_size)
     }
 
     /// Stores hashes that do not come with their own tokens; `size` 0 takes any block size they are known with.
@@ -493,10 +504,8 @@ impl Ledger {
 
     fn remove_from(&mut self, place: &Place, hashes: &[EngineHash], at: &Here) {
         let slots = self.slots_at(place);
-        for slot in &slots {
-            self.slots[*slot].seen = None; // removals are announced here, so nothing has to age out
-        }
         if let [slot] = slots[..] {
+            self.slots[slot].seen = None; // removals are announced here, so nothing has to age out
             for name in hashes {
                 self.slots[slot].held.prefetch(*name, at.secret);
             }
@@ -512,6 +521,7 @@ impl Ledger {
                 continue;
             };
             let slot = &mut self.slots[holder];
+            slot.seen = None; // what another connector keeps on the medium, in other sizes, may have to yet
             match slot.copies.get_mut(name) {
                 None => self.drop_name(holder, *name, at),
                 Some(2) => {

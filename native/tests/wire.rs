@@ -492,7 +492,7 @@ fn mooncake() {
     let expected =
         Stored { parent: Some(EngineHash(5)), medium: "disk".into(), model: Some("m".into()), ..plain_store() };
     assert_eq!(stored_of(event), expected);
-    // the master's own: both tags, no tokens, no parent; the legacy name of the parent goes first
+    // the master's own: both tags, no tokens; of the two names of a parent the one that says something
     let event = map![
         "event_type" => "stored", "type" => "BlockStored", "seq_hashes" => ints([1]), "block_hashes" => ints([-1]),
         "parent_hash" => 5, "parent_block_hash" => Nil, "token_ids" => Nil, "block_size" => Nil, "medium" => "cpu",
@@ -503,10 +503,19 @@ fn mooncake() {
         token_ids: vec![],
         block_size: 0,
         medium: "cpu".into(),
-        cache_salt: Some("S".into()),
+        parent: Some(EngineHash(5)),
         ..plain_store()
     };
     assert_eq!(stored_of(event), expected);
+    // blocks that do not begin their prompt are no root, whoever comes before them
+    let event = |place: Item| {
+        map!["event_type" => "stored", "seq_hashes" => ints([1, 2]), "base_block_idx" => place, "parent_hash" => Nil,
+             "token_ids" => ints(0..8), "block_size" => 4]
+    };
+    assert_eq!(stored_of(event(3.into())), Stored { parent: Some(EngineHash(0)), ..plain_store() });
+    for place in [0.into(), Nil, "3".into()] {
+        assert_eq!(stored_of(event(place)), plain_store());
+    }
     assert_eq!(event_of(map!["event_type" => "removed", "seq_hashes" => ints([5])]), removed(hashes([5]), "gpu"));
     assert_eq!(event_of(map!["event_type" => "cleared"]), Event::Cleared);
 }

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyList, PyTuple, PyType};
 
+use crate::events::Lora;
 use crate::json;
 use crate::keys::ImageItem;
 use crate::prompt::PromptKeys;
@@ -109,7 +110,9 @@ impl Prompt {
     ) -> PyResult<Self> {
         let py = token_ids.py();
         let tokens = Tokens::of(token_ids)?;
-        let lora = lora_name.map_or(Ok(None), lora_of)?;
+        // engines treat an empty name or salt as none
+        let lora =
+            lora_name.map_or(Ok(None), lora_of)?.filter(|lora| !matches!(lora, Lora::Name(name) if name.is_empty()));
         let (images, tuple) = match mm_items {
             None => (Vec::new(), PyTuple::empty(py)),
             Some(items) => {
@@ -117,7 +120,6 @@ impl Prompt {
                 (items.iter().map(image_of).collect::<PyResult<_>>()?, PyTuple::new(py, items)?)
             }
         };
-        // engines treat an empty salt as none
         let salt = cache_salt.filter(|salt| !salt.is_empty());
         let keys = PromptKeys::new(model.into(), lora, salt.map(Into::into), images);
         Ok(Self { state: Mutex::new(State { tokens, keys }), images: tuple.unbind() })

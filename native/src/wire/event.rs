@@ -21,6 +21,9 @@ pub const MAX_TEXT: usize = 1_024;
 /// Tagged arrays with more fields after the tag name images with their place: vLLM 0.20 added `group_idx`.
 const BARE_FIELDS: usize = 8;
 
+/// The parent of blocks that have one which the publisher does not name (LMCache sends it so, WIRE B1a).
+const NOT_SAID: Scalar = Scalar::Uint(0);
+
 /// A value, or the reason why the event cannot be used.
 pub type Outcome<T> = Result<T, &'static str>;
 
@@ -133,8 +136,12 @@ impl<'a> Draft<'a> {
         let block_size = number(fields.get(Field::BlockSize), MAX_BLOCK_SIZE, "bad_block_size")?.unwrap_or(0);
         enough_tokens(block_hashes.len(), token_ids.len(), block_size as usize)?;
         let parent = match fields.get(Field::ParentBlockHash) {
-            Scalar::Absent => fields.get(Field::ParentHash),
+            Scalar::Absent | Scalar::Nil => fields.get(Field::ParentHash),
             parent => parent,
+        };
+        let parent = match (parent, fields.get(Field::BaseBlockIdx)) {
+            (Scalar::Absent | Scalar::Nil, Scalar::Uint(1..)) => NOT_SAID,
+            _ => parent,
         };
         let root = matches!(parent, Scalar::Absent | Scalar::Nil);
         let lora_name = text(fields.get(Field::LoraName))?;
