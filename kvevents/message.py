@@ -66,3 +66,8 @@ def parse_topic(topic: bytes) -> Topic:
     if len(parts) == 3:
         return Topic(parts[1], parts[2])
     return Topic(text, "")
+
+
+def publisher_of(message: Message) -> Publisher:
+    """Say who numbers a message: of the pod that the connection says, else the topic."""
+    return Publisher(message.pod or parse_topic(message.topic).pod, message.endpoint)

@@ -16,7 +16,7 @@ from kvevents.apply import OnGap
 from kvevents.endpoints import check_endpoint
 from kvevents.errors import PoolClosed, SubscriptionError
 from kvevents.hearing import LastHeard
-from kvevents.message import FLEET_WIDE, Message, Publisher, parse_topic
+from kvevents.message import FLEET_WIDE, Message, Publisher, publisher_of
 from kvevents.queue import ShardQueue
 from kvevents.shard import Shard
 from kvevents.subscriber import Receiver, Subscription
@@ -295,8 +295,8 @@ class EventPool:
             raise PoolClosed("the pool does not run; use it as a context manager or call start()")
         with self._lock:
             self._submitted += 1
-        pod = _pod_of(message)
-        self._worker(pod).queue.put(Publisher(pod, message.endpoint), message)
+        publisher = publisher_of(message)
+        self._worker(publisher.pod).queue.put(publisher, message)
 
     def drain(self, timeout: float = 5.0) -> None:
         """Return when all that was received before this call has been applied.
@@ -396,8 +396,8 @@ class EventPool:
         """Take what came from sockets: at once for each worker, which is woken once."""
         shares: dict[Worker, list[tuple[Publisher, Message]]] = {}
         for message in messages:
-            pod = _pod_of(message)
-            shares.setdefault(self._worker(pod), []).append((Publisher(pod, message.endpoint), message))
+            publisher = publisher_of(message)
+            shares.setdefault(self._worker(publisher.pod), []).append((publisher, message))
         for worker, share in shares.items():
             worker.queue.put_all(share)
 
@@ -407,7 +407,3 @@ class EventPool:
         The answer is the same for all messages of a publisher.
         """
         return message.pod is None or not message.endpoint or message.endpoint in self._subscribed.get(message.pod, ())
-
-
-def _pod_of(message: Message) -> str:
-    return message.pod or parse_topic(message.topic).pod
