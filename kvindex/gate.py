@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 import msgspec
-from litestar.enums import HttpMethod, ScopeType
+from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, ReceiveMessage, Scope, Send
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -59,8 +59,6 @@ class Gate(Collector):
                 return
             if self._is_leaving:
                 send = _closing(send)
-            if scope["method"] == HttpMethod.HEAD:  # whatever can be had has a head; the server leaves out the body
-                scope = {**scope, "method": HttpMethod.GET}
             path = scope["path"]
             if path in _PROBES:
                 if self._is_leaving and path == _READY:
