@@ -30,7 +30,7 @@ class Gate(Collector):
         self.under_way = 0
         """Requests that the application has not ended yet, without those of probes."""
         self.late = 0
-        """Connections that were closed because a request did not come in its time."""
+        """Connections that were closed because a request, or a handshake, did not come in its time."""
         self._turned_away = 0
         self._overloaded = 0
         self._is_leaving = False
@@ -116,7 +116,9 @@ class Gate(Collector):
             value=self._turned_away,
         )
         yield CounterMetricFamily(
-            "kvindex_http_late", "HTTP connections closed because a request did not come in its time", value=self.late
+            "kvindex_http_late",
+            "HTTP connections closed because a request, or a handshake, did not come in its time",
+            value=self.late,
         )
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import gc
 import socket
-from functools import partial
-from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -21,7 +19,6 @@ from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.leaving import Server
 from kvindex.pods import follow
-from kvindex.reading import Reading
 from kvindex.renewal import Renew, Renewal
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
@@ -133,15 +130,11 @@ def run_serve(config: Config) -> int:
         inside = app if spans is None else spans.before(app)  # behind the gate: a stranger makes no spans
         settings = uvicorn.Config(
             gate.before(inside),
-            http=cast(Any, partial(Reading, max_connections=config.http.max_connections, turn_away=gate.turn_away)),
             log_level="error",  # its warnings are about what clients send
             access_log=False,
             lifespan="on",
             ws="none",
         )
-        if tls is not None:
-            settings.load()
-            settings.ssl = tls.context
         server = Server(
             settings,
             gate,
@@ -149,6 +142,8 @@ def run_serve(config: Config) -> int:
             delay_s=config.http.shutdown_delay_s,
             timeout_s=config.http.shutdown_timeout_s,
             read_timeout_s=config.http.read_timeout_s,
+            max_connections=config.http.max_connections,
+            tls=tls,
         )
         renewal.start()
         running.callback(renewal.close)

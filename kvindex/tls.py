@@ -31,11 +31,10 @@ class Tls:
         """Raise `UserError`, which names the key of the configuration, for a file that cannot be used."""
         self.files = cert, key
         self._client_ca = client_ca
-        self.certificate, self._context = self._read()
-        self.context = self._context
-        """For the HTTP server: connections get the certificate that holds when they begin."""
-        # before anything else of a connection is decided, whether a client names a server or not
-        self.context.sni_callback = self._choose
+        self.certificate = self._pem()
+        self.context = self._context(self.certificate)
+        """Of connections that begin now. Each certificate has another one, so that none goes on from what was agreed
+        upon with one before: who was let in once is not, when their authority does not hold any more."""
 
     def __repr__(self) -> str:
         return f"Tls({self.files[0]!r})"
@@ -45,22 +44,22 @@ class Tls:
 
         Raises `UserError`, and goes on with what it has.
         """
-        certificate, context = self._read()
-        if certificate == self.certificate or certificate != self._pem():  # the same, or it changes at this moment
+        certificate = self._pem()
+        if certificate == self.certificate:
             return False
-        self.certificate, self._context = certificate, context
+        context = self._context(certificate)
+        if certificate != self._pem():  # they change at this moment
+            return False
+        self.certificate, self.context = certificate, context
         return True
-
-    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        connection.context = self._context
 
     def _pem(self) -> Certificate:
         cert, key = self.files
         client_ca = None if self._client_ca is None else _file("tls.client_ca", self._client_ca)
         return Certificate(_file("tls.cert", cert), _file("tls.key", key), client_ca)
 
-    def _read(self) -> tuple[Certificate, ssl.SSLContext]:
-        (cert, key), certificate = self.files, self._pem()
+    def _context(self, certificate: Certificate) -> ssl.SSLContext:
+        cert, key = self.files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
@@ -77,10 +76,7 @@ class Tls:
             except (ssl.SSLError, ValueError) as error:
                 raise UserError(f"tls.client_ca {self._client_ca!r}: no certificates in PEM: {error}") from error
             context.verify_mode = ssl.CERT_REQUIRED
-            # who was let in once is not let in again by a ticket, when its authority does not hold any more
-            context.options |= ssl.OP_NO_TICKET
-            context.num_tickets = 0
-        return certificate, context
+        return context
 
 
 def open_tls(config: TlsConfig) -> Tls | None:

@@ -1,5 +1,6 @@
 """Tokens and certificates that are exchanged while the service runs."""
 
+import socket
 import ssl
 
 import grpc
@@ -7,9 +8,8 @@ import httpx
 import pytest
 
 from kvindex.access import Access, read_tokens
-from kvindex.config import AccessConfig, TlsConfig
+from kvindex.config import AccessConfig
 from kvindex.renewal import Renewal
-from kvindex.tls import open_tls
 
 from .conftest import until
 from .serving import service
@@ -141,9 +141,31 @@ def test_an_authority_of_clients_that_is_exchanged_lets_in_its_own_and_no_others
         assert greets(served, one, one.client) == greets(served, one) == (False, False)
 
 
-def test_who_shows_a_certificate_gets_no_ticket_to_come_without(folders):
-    used, *_ = folders
-    found = open_tls(TlsConfig(cert=str(used / "cert"), key=str(used / "key"), client_ca=str(used / "ca")))
-    assert found.context.num_tickets == 0
-    assert found.context.options & ssl.OP_NO_TICKET
-    assert not found.renew()
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_who_was_let_in_once_does_not_go_on_from_that_when_their_authority_does_not_hold_any_more(
+    folders, tmp_path, version
+):
+    used, one, other = folders
+    context = one.context(client=one.client)
+    context.maximum_version = version
+
+    def asks(served, session=None):
+        """The session that a connection ended with, and whether it went on from another one."""
+        with (
+            socket.create_connection(served.address, timeout=20) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1", session=session) as sealed,
+        ):
+            sealed.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            if not sealed.recv(100):
+                raise ConnectionResetError("without a word, as some of OpenSSL's versions see it")
+            return sealed.session, sealed.session_reused
+
+    settings = {"tls_cert": used / "cert", "tls_key": used / "key", "tls_client_ca": used / "ca"}
+    with service(tmp_path / "one", **settings) as served:
+        session, _ = asks(served)
+        session, went_on = asks(served, session)
+        assert went_on
+        replaced(used / "ca", other.ca.read_bytes())
+        until(lambda: served.events("secrets_renewed"))
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            asks(served, session)
