@@ -108,7 +108,7 @@ def run_serve(config: Config) -> int:
             checks=checks,
             snapshots=snapshots,
             answers=answers,
-            collectors=[access, gate, renewal, *([spans] if spans is not None else [])],
+            collectors=[access, gate, renewal, *(one for one in (tls, spans) if one is not None)],
         )
         rpc = serve_grpc(
             config.grpc,
