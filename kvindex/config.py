@@ -205,6 +205,8 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Tokens of one question."""
     max_message_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 16 * 1024 * 1024
     """Bytes of one message."""
+    max_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
+    """Connections at once, with those that are still greeting; one more is closed. Each takes an open file."""
 
 
 class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

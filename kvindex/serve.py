@@ -51,7 +51,7 @@ def run_serve(config: Config) -> int:
     if tls is not None:
         parts["tls"] = tls.renew
     renewal = Renewal(parts)
-    _raise_file_limit()
+    make_room(config.http.max_connections + (config.grpc.max_connections if config.grpc.port is not None else 0))
     listener = _bound(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     pool = EventPool(
@@ -167,15 +167,27 @@ def _spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _raise_file_limit() -> None:
-    """Take as many open files as the system grants: a followed endpoint needs three, and 1,024 is a usual default."""
+def make_room(connections: int) -> None:
+    """Take as many open files as the system grants: a followed endpoint needs three, and 1,024 is a usual default.
+
+    It is said where so many connections could take more than half of them.
+    """
     try:
         import resource
     except ImportError:  # no such thing on Windows
         return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and 2 * connections > limit:
+        structlog.get_logger("kvindex").warning(
+            "few_open_files",
+            limit=limit,
+            connections=connections,
+            remedy="raise the limit (ulimit -Hn), or lower http.max_connections and grpc.max_connections: strangers "
+            "could take what pods need",
+        )
 
 
 def _bound(host: str, port: int) -> socket.socket:

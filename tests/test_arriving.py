@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 import errno
+import resource
 import signal
 import socket
 import ssl
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from kvindex import arriving
 from kvindex.access import Access
 from kvindex.arriving import Arrivals
 from kvindex.gate import Gate
+from kvindex.serve import make_room
 
 from .conftest import until
 from .serving import service
@@ -157,3 +160,16 @@ def test_what_is_wrong_with_one_connection_and_too_many_open_files_end_nothing(m
 
     asyncio.run(main())
     assert (answers, failed) == ([], ["once"])
+
+
+def test_a_limit_of_open_files_that_connections_could_use_up_is_said(monkeypatch):
+    limits = [1_024, 8_192]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, given: limits.__setitem__(slice(None), given))
+    with capture_logs() as said:
+        make_room(4_096)
+        assert (said, limits) == ([], [8_192, 8_192])
+        make_room(4_097)
+        limits[:] = [resource.RLIM_INFINITY] * 2
+        make_room(4_097)
+    assert [(line["event"], line["limit"], line["connections"]) for line in said] == [("few_open_files", 8_192, 4_097)]
