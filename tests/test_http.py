@@ -397,6 +397,14 @@ def test_what_is_said_of_a_pod_is_short(client):
     assert (answer.status_code, answer.json()["field"]) == (400, "body")
 
 
+@pytest.mark.parametrize("field", ["endpoint", "replay", "model", "topic", "uid", "address"])
+def test_each_text_about_a_pod_is_bounded(client, field):
+    body = {"endpoint": "tcp://127.0.0.1:1"}
+    answer = client.put("/v1/pods/a", json=body | {field: "tcp://" + "x" * 1_019})
+    assert (answer.status_code, answer.json()["field"]) == (400, field)
+    assert "1024" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("endpoint", ["ipc:///run/engine", "inproc://engine"])
 def test_a_request_names_no_place_in_this_machine(client, endpoint):
     for body in ({"endpoint": endpoint}, {"endpoint": "tcp://127.0.0.1:1", "replay": endpoint}):
