@@ -157,9 +157,9 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_bytes_under_way: Annotated[int, Meta(ge=1024)] = 512 * 1024 * 1024
     """Bytes of the bodies of all requests under way; what is more is answered 503."""
     read_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
-    """For how long a request may take to come, body and all; then its connection is closed."""
+    """For how long a request may take to come, body and all, and a TLS handshake; then its connection is closed."""
     max_connections: Annotated[int, Meta(ge=1)] = 4096
-    """Connections at once; one more is closed. Each takes an open file."""
+    """Connections at once, with those that are still greeting (TLS); one more is closed. Each takes an open file."""
     max_under_way: Annotated[int, Meta(ge=1)] = 1024
     """Requests under way at once; one more is answered 503. Probes do not count."""
     shutdown_delay_s: Annotated[float, Meta(ge=0, le=600)] = 0.0
@@ -205,6 +205,8 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Tokens of one question."""
     max_message_bytes: Annotated[int, Meta(ge=1024, le=1_073_741_824)] = 16 * 1024 * 1024
     """Bytes of one message."""
+    max_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
+    """Connections at once, with those that are still greeting; one more is closed. Each takes an open file."""
 
 
 class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

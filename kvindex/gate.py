@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 import msgspec
-from litestar.enums import HttpMethod, ScopeType
+from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, ReceiveMessage, Scope, Send
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -30,7 +30,7 @@ class Gate(Collector):
         self.under_way = 0
         """Requests that the application has not ended yet, without those of probes."""
         self.late = 0
-        """Connections that were closed because a request did not come in its time."""
+        """Connections that were closed because a request, or a handshake, did not come in its time."""
         self._turned_away = 0
         self._overloaded = 0
         self._is_leaving = False
@@ -59,8 +59,6 @@ class Gate(Collector):
                 return
             if self._is_leaving:
                 send = _closing(send)
-            if scope["method"] == HttpMethod.HEAD:  # whatever can be had has a head; the server leaves out the body
-                scope = {**scope, "method": HttpMethod.GET}
             path = scope["path"]
             if path in _PROBES:
                 if self._is_leaving and path == _READY:
@@ -118,7 +116,9 @@ class Gate(Collector):
             value=self._turned_away,
         )
         yield CounterMetricFamily(
-            "kvindex_http_late", "HTTP connections closed because a request did not come in its time", value=self.late
+            "kvindex_http_late",
+            "HTTP connections closed because a request, or a handshake, did not come in its time",
+            value=self.late,
         )
 
 

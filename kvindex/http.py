@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from litestar import Litestar, Response, delete, get, put, route
+from litestar import Litestar, Request, Response, delete, put, route
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.params import FromPath, JSONBody
@@ -27,7 +27,7 @@ from kvindex.answers import AnswerMetrics
 from kvindex.checks import Checks
 from kvindex.feedback import FeedbackMetrics, feedback_routes
 from kvindex.metrics import Metrics
-from kvindex.openapi import openapi_routes
+from kvindex.openapi import GET, openapi_routes
 from kvindex.pods import forget_pod
 from kvindex.readiness import Readiness
 from kvindex.scoring import Scoring, score_routes
@@ -78,12 +78,12 @@ def create_app(
 
     scoring = Scoring(scorer, followed, checks, answers, max_tokens=max_tokens)
 
-    @get("/v1/pods")
+    @route("/v1/pods", http_method=GET)
     async def pods() -> Pods:
         """Describe all pods that are followed."""
         return Pods(await asyncio.to_thread(statuses_of, index, pool))
 
-    @get("/v1/stats")
+    @route("/v1/stats", http_method=GET)
     async def stats() -> Stats:
         """Give all that the service knows of itself: index, pool, pods, what is asked for."""
         return await asyncio.to_thread(checks.stats)
@@ -115,12 +115,12 @@ def create_app(
         """Name the methods: Litestar's own answer has one of them."""
         return Response(None, headers={"Allow": "DELETE, OPTIONS, PUT"})
 
-    @get("/healthz")
+    @route("/healthz", http_method=GET)
     async def healthz() -> dict[str, str]:
         """Say that the process is up."""
         return {"status": "up"}
 
-    @get("/readyz")
+    @route("/readyz", http_method=GET)
     async def readyz() -> Response[dict[str, Any]]:
         """Say whether the index answers, and all that was to be waited for at the start has come."""
         missing = await probed(readiness.missing)
@@ -128,8 +128,8 @@ def create_app(
             return Response({"status": "not ready", **missing}, status_code=HTTP_503_SERVICE_UNAVAILABLE)
         return Response({"status": "ready"})
 
-    @get("/v1/snapshot", media_type="application/octet-stream")
-    async def snapshot() -> Response[Any]:
+    @route("/v1/snapshot", http_method=GET, media_type="application/octet-stream")
+    async def snapshot(request: Request[Any, Any, Any]) -> Response[Any]:
         """Give all that the index knows, for another one that follows the same pods."""
         if missing := await asyncio.to_thread(readiness.missing):
             raise HTTPException(
@@ -138,7 +138,8 @@ def create_app(
                 headers=dict(problems.SOON),
             )
         try:
-            return Stream(snapshots.stream(), media_type="application/octet-stream")
+            parts = iter(()) if request.method == HttpMethod.HEAD else snapshots.stream()  # nobody would read them
+            return Stream(parts, media_type="application/octet-stream")
         except Busy as busy:
             raise HTTPException(
                 status_code=HTTP_503_SERVICE_UNAVAILABLE, detail=str(busy), headers=dict(problems.SOON)
@@ -146,7 +147,7 @@ def create_app(
         except InvalidQuestion as error:
             raise HTTPException(status_code=HTTP_409_CONFLICT, detail=str(error)) from error
 
-    @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
+    @route("/metrics", http_method=GET, media_type="text/plain; version=0.0.4; charset=utf-8")
     async def metrics_text() -> bytes:
         """Give all metrics for Prometheus."""
         return await probed(metrics.text)

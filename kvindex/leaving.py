@@ -12,8 +12,10 @@ from typing import Protocol
 import structlog
 import uvicorn
 
+from kvindex.arriving import Arrivals
 from kvindex.gate import Gate
 from kvindex.reading import Reading
+from kvindex.tls import Tls
 
 _TICKS = 10
 """Ticks of uvicorn, of 0.1 s, after which connections are looked at."""
@@ -35,8 +37,7 @@ class Server(uvicorn.Server):
     At the first signal it is not ready at once, and answers on for `delay_s`; then it stops listening, and lets what is
     under way end within `timeout_s`. A second signal ends it at once.
 
-    A connection whose request does not come within `read_timeout_s` is closed: its places are few. The protocol of
-    `config` is that of `kvindex.reading`.
+    A connection whose request does not come within `read_timeout_s` is closed: its places are few.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Server(uvicorn.Server):
         delay_s: float,
         timeout_s: int,
         read_timeout_s: float,
+        max_connections: int,
+        tls: Tls | None,
     ) -> None:
         super().__init__(config)
         config.timeout_graceful_shutdown = timeout_s + 1  # for what does not even end when it is cut off
@@ -56,6 +59,14 @@ class Server(uvicorn.Server):
         self._delay_s = delay_s
         self._timeout_s = timeout_s
         self._read_timeout_s = read_timeout_s
+        self._arrivals = Arrivals(
+            self._protocol,
+            self.server_state.connections,
+            gate,
+            max_connections=max_connections,
+            greet_s=read_timeout_s,
+            tls=tls,
+        )
         self._stop_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -70,9 +81,11 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to serve."""
+        """Begin to serve at sockets that listen already."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets=sockets)
+        await super().startup(sockets=[])
+        for listener in sockets or ():
+            self._arrivals.start(listener)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to leave, or at the second signal end."""
@@ -101,11 +114,15 @@ class Server(uvicorn.Server):
         """Let nobody in, and wait for those who are."""
         if self._beside is not None:
             self._beside.stop(self._timeout_s)
+        await self._arrivals.close()
         over = asyncio.get_running_loop().call_later(self._timeout_s, self._cut_off)
         await super().shutdown(sockets=sockets)
         over.cancel()
         if self.force_exit:  # uvicorn leaves it out then, and the application complains
             await self.lifespan.shutdown()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return Reading(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def _cut_off(self) -> None:
         self.force_exit = True

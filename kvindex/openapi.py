@@ -5,7 +5,8 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import msgspec
-from litestar import Response, get
+from litestar import Response, route
+from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 
 from kvevents import discovery
@@ -24,6 +25,8 @@ from kvindex.scoring import BatchAnswer, ScoreAnswer
 from kvindex.stats import Pods, Stats
 from scorer import Observation
 
+GET = (HttpMethod.GET, HttpMethod.HEAD)
+"""Whatever can be had has a head (RFC 9110); the server leaves out the body."""
 _JSON = "application/json"
 _TOKENS = {"model": "Qwen/Qwen3-8B", "token_ids": list(range(1000, 1032))}
 _CHAT = {"model": "Qwen/Qwen3-8B", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
@@ -285,7 +288,7 @@ def openapi_routes() -> list[HTTPRouteHandler]:
     """Make the routes."""
     text = msgspec.json.encode(document())
 
-    @get(["/schema", "/schema/openapi.json"])
+    @route(["/schema", "/schema/openapi.json"], http_method=GET)
     async def schema() -> Response[bytes]:
         """Describe the service."""
         return Response(text, media_type=_JSON)

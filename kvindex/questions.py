@@ -153,8 +153,8 @@ class Reader(Generic[OfTokens, OfText]):
         bytes(body).decode()  # also where nobody reads it, JSON is UTF-8
         if isinstance(text.prompt, list) and text.prompt and not isinstance(text.prompt[0], str):
             said = bytes(form.prompt)
-            if (b"true" in said or b"false" in said) and b'"' not in said:  # to Python they are numbers
-                raise msgspec.ValidationError("Expected `int`, got `bool` - at `$.prompt[...]`")
+            if b"true" in said or b"false" in said:  # to Python they are numbers
+                _refuse_booleans(text.prompt, "$.prompt")
             if any(sign in said for sign in (b".", b"e", b"E")):
                 text.prompt = _with_whole(text.prompt)
         return text
@@ -165,6 +165,15 @@ class Reader(Generic[OfTokens, OfText]):
             name = said.split("`")[1]
             return f"{name[:80]}: unknown field beside token_ids; known are {self._known}"
         return field_of(error)
+
+
+def _refuse_booleans(row: list[Any], at: str) -> None:
+    """Raise `ValidationError`, with the place, where there is one among the token ids of a prompt or of several."""
+    for number, value in enumerate(row):
+        if isinstance(value, bool):
+            raise msgspec.ValidationError(f"Expected `int`, got `bool` - at `{at}[{number}]`")
+        if isinstance(value, list):
+            _refuse_booleans(value, f"{at}[{number}]")
 
 
 def read_batch(body: bytes, *, max_tokens: int) -> list[ScoreTokens | ScoreText]:

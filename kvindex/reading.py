@@ -2,8 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -23,29 +21,11 @@ _TOO_LARGE = (
 
 
 class Reading(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """Uvicorn's connection, which ends where a head is too long. `is_late` says when a request takes too long.
-
-    Of more than `max_connections` the last ones end at once, and `turn_away` is told: each takes an open file, which
-    those who follow the pods need.
-    """
-
-    def __init__(
-        self,
-        *args: Any,  # noqa: ANN401  (uvicorn's)
-        max_connections: int,
-        turn_away: Callable[[], None],
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._max_connections = max_connections
-        self._turn_away = turn_away
+    """Uvicorn's connection, which ends where a head is too long. `is_late` says when a request takes too long."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Wait for the first request."""
         super().connection_made(transport)
-        if len(self.connections) > self._max_connections:
-            self._turn_away()
-            transport.abort()
         self._read = 0
         """Bytes of the request that comes now, without its body."""
         self._since = time.monotonic()

@@ -3,8 +3,6 @@
 import contextlib
 import gc
 import socket
-from functools import partial
-from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -21,7 +19,6 @@ from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.leaving import Server
 from kvindex.pods import follow
-from kvindex.reading import Reading
 from kvindex.renewal import Renew, Renewal
 from kvindex.rpc import serve_grpc
 from kvindex.snapshots import Snapshots
@@ -54,7 +51,7 @@ def run_serve(config: Config) -> int:
     if tls is not None:
         parts["tls"] = tls.renew
     renewal = Renewal(parts)
-    _raise_file_limit()
+    make_room(config.http.max_connections + (config.grpc.max_connections if config.grpc.port is not None else 0))
     listener = _bound(config.http.host, config.http.port)
     index = open_index(config.index.url, limits=Limits(max_bytes=config.index.max_bytes))
     pool = EventPool(
@@ -111,7 +108,7 @@ def run_serve(config: Config) -> int:
             checks=checks,
             snapshots=snapshots,
             answers=answers,
-            collectors=[access, gate, renewal, *([spans] if spans is not None else [])],
+            collectors=[access, gate, renewal, *(one for one in (tls, spans) if one is not None)],
         )
         rpc = serve_grpc(
             config.grpc,
@@ -133,15 +130,11 @@ def run_serve(config: Config) -> int:
         inside = app if spans is None else spans.before(app)  # behind the gate: a stranger makes no spans
         settings = uvicorn.Config(
             gate.before(inside),
-            http=cast(Any, partial(Reading, max_connections=config.http.max_connections, turn_away=gate.turn_away)),
             log_level="error",  # its warnings are about what clients send
             access_log=False,
             lifespan="on",
             ws="none",
         )
-        if tls is not None:
-            settings.load()
-            settings.ssl = tls.context
         server = Server(
             settings,
             gate,
@@ -149,6 +142,8 @@ def run_serve(config: Config) -> int:
             delay_s=config.http.shutdown_delay_s,
             timeout_s=config.http.shutdown_timeout_s,
             read_timeout_s=config.http.read_timeout_s,
+            max_connections=config.http.max_connections,
+            tls=tls,
         )
         renewal.start()
         running.callback(renewal.close)
@@ -172,15 +167,27 @@ def _spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _raise_file_limit() -> None:
-    """Take as many open files as the system grants: a followed endpoint needs three, and 1,024 is a usual default."""
+def make_room(connections: int) -> None:
+    """Take as many open files as the system grants: a followed endpoint needs three, and 1,024 is a usual default.
+
+    It is said where so many connections could take more than half of them.
+    """
     try:
         import resource
     except ImportError:  # no such thing on Windows
         return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and 2 * connections > limit:
+        structlog.get_logger("kvindex").warning(
+            "few_open_files",
+            limit=limit,
+            connections=connections,
+            remedy="raise the limit (ulimit -Hn), or lower http.max_connections and grpc.max_connections: strangers "
+            "could take what pods need",
+        )
 
 
 def _bound(host: str, port: int) -> socket.socket:

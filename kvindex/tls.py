@@ -1,13 +1,23 @@
 """TLS of the service itself: one certificate for HTTP and gRPC."""
 
+import math
+import re
 import ssl
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from msgspec import UNSET
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from kvindex.config import TlsConfig
 from kvindex.errors import UserError
+
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_VERSION, _UTC_TIME = 0xA0, 0x17
+"""Tags of DER: of what old certificates leave out, and of a time with a year of two digits."""
 
 
 class Certificate(NamedTuple):
@@ -22,7 +32,7 @@ class Certificate(NamedTuple):
         return f"Certificate({len(self.cert)} bytes)"
 
 
-class Tls:
+class Tls(Collector):
     """The certificate, which may be exchanged in its files while it is used. `files` are its own and that of its key,
     to show them as a client.
     """
@@ -31,36 +41,43 @@ class Tls:
         """Raise `UserError`, which names the key of the configuration, for a file that cannot be used."""
         self.files = cert, key
         self._client_ca = client_ca
-        self.certificate, self._context = self._read()
-        self.context = self._context
-        """For the HTTP server: connections get the certificate that holds when they begin."""
-        # before anything else of a connection is decided, whether a client names a server or not
-        self.context.sni_callback = self._choose
+        self.certificate = self._pem()
+        self.context = self._context(self.certificate)
+        """Of connections that begin now. Each certificate has another one, so that none goes on from what was agreed
+        upon with one before: who was let in once is not, when their authority does not hold any more."""
 
     def __repr__(self) -> str:
         return f"Tls({self.files[0]!r})"
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the metrics."""
+        yield GaugeMetricFamily(
+            "kvindex_certificate_end_timestamp_seconds",
+            "When the first of the certificates that are shown ends, in seconds since the epoch",
+            value=ends_at(self.certificate.cert),
+        )
 
     def renew(self) -> bool:
         """Take what is in the files now; say whether it is another than before.
 
         Raises `UserError`, and goes on with what it has.
         """
-        certificate, context = self._read()
-        if certificate == self.certificate or certificate != self._pem():  # the same, or it changes at this moment
+        certificate = self._pem()
+        if certificate == self.certificate:
             return False
-        self.certificate, self._context = certificate, context
+        context = self._context(certificate)
+        if certificate != self._pem():  # they change at this moment
+            return False
+        self.certificate, self.context = certificate, context
         return True
-
-    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        connection.context = self._context
 
     def _pem(self) -> Certificate:
         cert, key = self.files
         client_ca = None if self._client_ca is None else _file("tls.client_ca", self._client_ca)
         return Certificate(_file("tls.cert", cert), _file("tls.key", key), client_ca)
 
-    def _read(self) -> tuple[Certificate, ssl.SSLContext]:
-        (cert, key), certificate = self.files, self._pem()
+    def _context(self, certificate: Certificate) -> ssl.SSLContext:
+        cert, key = self.files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
@@ -77,10 +94,42 @@ class Tls:
             except (ssl.SSLError, ValueError) as error:
                 raise UserError(f"tls.client_ca {self._client_ca!r}: no certificates in PEM: {error}") from error
             context.verify_mode = ssl.CERT_REQUIRED
-            # who was let in once is not let in again by a ticket, when its authority does not hold any more
-            context.options |= ssl.OP_NO_TICKET
-            context.num_tickets = 0
-        return certificate, context
+        return context
+
+
+def ends_at(pem: bytes) -> float:
+    """Give the seconds since the epoch at which the first of some certificates is not valid any more.
+
+    Not a number where they do not say it as they should: OpenSSL takes them all the same.
+    """
+    try:
+        return min(_ends_at(ssl.PEM_cert_to_DER_cert(found.decode("ascii"))) for found in _PEM.findall(pem))
+    except ValueError:
+        return math.nan
+
+
+def _ends_at(der: bytes) -> float:
+    """Read it from where RFC 5280 puts it: the standard library says it of the certificates of others alone."""
+    _, at, _ = _part(der, 0)
+    _, at, _ = _part(der, at)  # what is signed
+    before = 3 + (der[at] == _VERSION)  # version, serial number, algorithm, issuer
+    for _ in range(before):
+        _, _, at = _part(der, at)
+    _, at, _ = _part(der, at)  # validity: from when, and until when
+    _, _, at = _part(der, at)
+    tag, at, end = _part(der, at)
+    said = der[at:end].decode("ascii")
+    if tag == _UTC_TIME:
+        said = f"{'19' if said >= '5' else '20'}{said}"
+    return datetime.strptime(said, "%Y%m%d%H%M%S%z").timestamp()
+
+
+def _part(der: bytes, at: int) -> tuple[int, int, int]:
+    """Give a tag, and where what it has begins and ends."""
+    tag, length, at = der[at], der[at + 1], at + 2
+    if length & 0x80:  # as many bytes that say it
+        length, at = int.from_bytes(der[at : at + (length & 0x7F)]), at + (length & 0x7F)
+    return tag, at, at + length
 
 
 def open_tls(config: TlsConfig) -> Tls | None:

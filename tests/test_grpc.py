@@ -4,8 +4,10 @@ The client writes and reads its bytes by hand, by the published field numbers: n
 description of the messages.
 """
 
+import contextlib
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -152,7 +154,7 @@ class Service:
             self.answers,
             max_tokens=limits.pop("max_tokens", 1_000),
         )
-        options = {"host": "127.0.0.1", "port": 0, "max_message_bytes": 64 * 1024} | limits
+        options = {"host": "127.0.0.1", "port": 0, "max_message_bytes": 64 * 1024, "max_connections": 64} | limits
         self.server = RpcServer(calls, self.schema, **options)
 
     def __enter__(self):
@@ -453,6 +455,30 @@ def test_calls_that_are_begun_and_never_ended_hold_nobody_up(service):
         for call in [*begun, *streams]:
             call.cancel()
         done.set()
+
+
+def test_more_connections_than_there_may_be_end_at_once():
+    with Service(max_connections=2) as running, contextlib.ExitStack() as stack:
+
+        def comes():
+            return stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=20))
+
+        first, second = comes(), comes()
+        assert first.recv(100)  # its first frame, before ours
+        assert second.recv(100)
+        third = comes()
+        with contextlib.suppress(ConnectionError):
+            assert third.recv(100) == b""
+        first.close()
+        until(lambda: is_answered(running))
+
+
+def is_answered(running):
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        try:
+            return channel.unary_unary(OURS)(ours(), timeout=20)
+        except grpc.RpcError:
+            return None
 
 
 def test_what_fails_is_a_status_and_counted(service, monkeypatch):

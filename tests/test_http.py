@@ -80,9 +80,6 @@ def test_what_nobody_holds_is_an_empty_score(client, body):
         ({"token_ids": [-1]}, "token_ids"),
         ({"token_ids": ["a"]}, "token_ids"),
         ({"token_ids": None}, "token_ids"),
-        ({"token_ids": [1, True]}, "token_ids"),
-        ({"token_ids": None, "prompt": [1, True]}, "prompt"),
-        ({"token_ids": None, "prompt": [[1], [False]]}, "prompt"),
         ({"token_ids": [1] * 101}, "token_ids"),
         ({"model": 5}, "model"),
         ({"pods": "pod-a"}, "pods"),
@@ -120,6 +117,10 @@ def test_a_body_that_is_too_large_is_refused(client):
         ({"token_ids": [1, 2, "a"]}, "token_ids[2]"),
         ({"token_ids": [1, 2.5]}, "token_ids[1]"),
         ({"token_ids": [2**32]}, "token_ids[0]"),
+        ({"token_ids": [1, True]}, "token_ids[1]"),
+        ({"token_ids": None, "prompt": [True]}, "prompt[0]"),
+        ({"token_ids": None, "prompt": [1.0, False, "a"]}, "prompt[1]"),
+        ({"token_ids": None, "prompt": [[1], [2, False]]}, "prompt[1][1]"),
         ({"token_ids": [1] * 101}, "token_ids"),
         ({"model": ""}, "model"),
         ({"model": "x" * 513}, "model"),
@@ -396,6 +397,14 @@ def test_what_is_said_of_a_pod_is_short(client):
     assert (answer.status_code, answer.json()["field"]) == (400, "body")
 
 
+@pytest.mark.parametrize("field", ["endpoint", "replay", "model", "topic", "uid", "address"])
+def test_each_text_about_a_pod_is_bounded(client, field):
+    body = {"endpoint": "tcp://127.0.0.1:1"}
+    answer = client.put("/v1/pods/a", json=body | {field: "tcp://" + "x" * 1_019})
+    assert (answer.status_code, answer.json()["field"]) == (400, field)
+    assert "1024" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("endpoint", ["ipc:///run/engine", "inproc://engine"])
 def test_a_request_names_no_place_in_this_machine(client, endpoint):
     for body in ({"endpoint": endpoint}, {"endpoint": "tcp://127.0.0.1:1", "replay": endpoint}):
@@ -408,14 +417,17 @@ def test_a_request_names_no_place_in_this_machine(client, endpoint):
     ("method", "path", "allowed"),
     [
         ("GET", "/v1/score", {"OPTIONS", "POST"}),
-        ("POST", "/healthz", {"GET", "OPTIONS"}),
+        ("HEAD", "/v1/score", {"OPTIONS", "POST"}),
+        ("POST", "/healthz", {"GET", "HEAD", "OPTIONS"}),
+        ("DELETE", "/v1/pods", {"GET", "HEAD", "OPTIONS"}),
+        ("TRACE", "/v1/snapshot", {"GET", "HEAD", "OPTIONS"}),
         ("POST", "/v1/pods/a", {"DELETE", "OPTIONS", "PUT"}),
     ],
 )
 def test_who_uses_another_method_is_told_which_there_are(client, method, path, allowed):
     answer = client.request(method, path)
     assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, allowed)
-    assert answer.json()["status"] == 405
+    assert method == "HEAD" or answer.json()["status"] == 405
 
 
 def test_whatever_can_be_had_has_a_head(tmp_path):
@@ -425,7 +437,15 @@ def test_whatever_can_be_had_has_a_head(tmp_path):
             assert (head.status_code, head.content) == (whole.status_code, b"")
             assert head.headers["content-type"] == whole.headers["content-type"]
             assert int(head.headers["content-length"]) > 0
+            assert set(client.options(path).headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
         assert (client.head("/v1/score").status_code, client.head("/v1/none").status_code) == (405, 404)
+
+
+def test_the_head_of_a_snapshot_makes_none(tmp_path):
+    with service(tmp_path) as served, httpx.Client(base_url=served.url) as client:
+        head, whole = client.head("/v1/snapshot"), client.get("/v1/snapshot")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert (head.content, "kvindex_snapshots_given_total 1.0" in client.get("/metrics").text) == (b"", True)
 
 
 class HeldIndex(WaitingIndex):

@@ -14,15 +14,17 @@ from indexer import open_index
 from indexer.redis import standing
 from kvevents import EventPool, Message, trust
 from kvindex.access import Access
-from kvindex.config import TracingConfig
+from kvindex.config import TlsConfig, TracingConfig
 from kvindex.gate import Gate
 from kvindex.http import create_app
 from kvindex.meanings import meaning_of
 from kvindex.renewal import Renewal
 from kvindex.spans import Spans
+from kvindex.tls import open_tls
 from scorer import PrefixScorer, PrefixStore, Prompts
 
 from .conftest import MODEL, payload
+from .test_access import Certificates
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/kvindex.json").read_text())
@@ -51,7 +53,7 @@ STORED = ["BlockStored", [1, 2], None, TOKENS[:32], 16, None]
 
 
 @pytest.fixture(scope="module")
-def client():
+def client(tmp_path_factory):
     """A service that has seen all that has a metric of its own: two pods, a gap, a bad message, questions, answers."""
     index = open_index()
     with EventPool(index) as pool, Prompts(store=PrefixStore(1 << 20)) as prompts:
@@ -62,6 +64,8 @@ def client():
         pool.submit(Message(b"kv@pod-b@m", 6, b"\xc1"))
         pool.drain()
         access = Access()
+        shown = Certificates(tmp_path_factory.mktemp("certificates"))
+        tls = open_tls(TlsConfig(cert=str(shown.cert), key=str(shown.key)))
         spans = Spans(TracingConfig(endpoint="http://127.0.0.1:1"))
         app = create_app(
             PrefixScorer(index, prompts=prompts),
@@ -73,6 +77,7 @@ def client():
                 access,
                 Gate(access, max_under_way=1, max_bytes_under_way=1),
                 Renewal({"tls": lambda: False}),
+                tls,
                 spans,
             ],
         )

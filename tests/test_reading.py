@@ -1,7 +1,6 @@
 """What of a request is read, and for how long."""
 
 import contextlib
-import re
 import socket
 
 import httpx
@@ -109,23 +108,3 @@ def test_a_client_that_goes_is_no_mistake_of_ours(served):
 def test_what_is_no_http_is_refused_and_not_logged(served):
     assert said(served, b"\x16\x03\x01\x02\x00\xff\r\n\r\n").startswith(b"HTTP/1.1 400")
     assert b"Invalid HTTP" not in served.log.read_bytes()
-
-
-def test_more_connections_than_there_may_be_end_at_once_and_are_counted(tmp_path):
-    with service(tmp_path, http_max_connections=3) as served, contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(socket.create_connection(served.address, timeout=20)) for _ in range(4)]
-        with contextlib.suppress(ConnectionError):
-            assert silent[3].recv(100) == b""
-        silent[0].close()
-        until(lambda: "kvindex_http_turned_away_total" in metrics_of(served))
-        assert re.search(r"^kvindex_http_turned_away_total [1-9]", metrics_of(served), re.MULTILINE)
-        silent[1].sendall(WHOLE)
-        assert silent[1].recv(100).startswith(b"HTTP/1.1 200")
-
-
-def metrics_of(served):
-    """What is said once there is room for a connection."""
-    try:
-        return httpx.get(f"{served.url}/metrics").text
-    except httpx.TransportError:
-        return ""

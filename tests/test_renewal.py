@@ -1,15 +1,20 @@
 """Tokens and certificates that are exchanged while the service runs."""
 
+import math
+import socket
 import ssl
+from datetime import UTC, datetime
 
 import grpc
 import httpx
 import pytest
+import trustme
 
 from kvindex.access import Access, read_tokens
 from kvindex.config import AccessConfig, TlsConfig
+from kvindex.errors import UserError
 from kvindex.renewal import Renewal
-from kvindex.tls import open_tls
+from kvindex.tls import ends_at, open_tls
 
 from .conftest import until
 from .serving import service
@@ -141,9 +146,58 @@ def test_an_authority_of_clients_that_is_exchanged_lets_in_its_own_and_no_others
         assert greets(served, one, one.client) == greets(served, one) == (False, False)
 
 
-def test_who_shows_a_certificate_gets_no_ticket_to_come_without(folders):
-    used, *_ = folders
-    found = open_tls(TlsConfig(cert=str(used / "cert"), key=str(used / "key"), client_ca=str(used / "ca")))
-    assert found.context.num_tickets == 0
-    assert found.context.options & ssl.OP_NO_TICKET
-    assert not found.renew()
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_who_was_let_in_once_does_not_go_on_from_that_when_their_authority_does_not_hold_any_more(
+    folders, tmp_path, version
+):
+    used, one, other = folders
+    context = one.context(client=one.client)
+    context.maximum_version = version
+
+    def asks(served, session=None):
+        """The session that a connection ended with, and whether it went on from another one."""
+        with (
+            socket.create_connection(served.address, timeout=20) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1", session=session) as sealed,
+        ):
+            sealed.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            if not sealed.recv(100):
+                raise ConnectionResetError("without a word, as some of OpenSSL's versions see it")
+            return sealed.session, sealed.session_reused
+
+    settings = {"tls_cert": used / "cert", "tls_key": used / "key", "tls_client_ca": used / "ca"}
+    with service(tmp_path / "one", **settings) as served:
+        session, _ = asks(served)
+        session, went_on = asks(served, session)
+        assert went_on
+        replaced(used / "ca", other.ca.read_bytes())
+        until(lambda: served.events("secrets_renewed"))
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            asks(served, session)
+
+
+def test_it_is_known_when_the_first_of_the_certificates_ends(folders, tmp_path):
+    used, one, _ = folders
+    ends = [datetime(year, 12, 31, 23, 59, 58, tzinfo=UTC) for year in (2049, 2050)]  # said in two ways
+    by_year = [trustme.CA().issue_cert("localhost", not_after=end).cert_chain_pems[0].bytes() for end in ends]
+    assert [ends_at(pem) for pem in by_year] == [end.timestamp() for end in ends]
+    assert ends_at(by_year[1] + b"and a word\n" + by_year[0]) == ends[0].timestamp()
+    assert math.isnan(ends_at(b"-----BEGIN TRUSTED CERTIFICATE-----"))
+
+    def said(tls):
+        (metric,) = tls.collect()
+        return metric.name, metric.samples[0].value
+
+    tls = open_tls(TlsConfig(cert=str(used / "cert"), key=str(used / "key")))
+    name, before = said(tls)
+    assert (name, before) == ("kvindex_certificate_end_timestamp_seconds", ends_at(one.cert.read_bytes()))
+    authority = trustme.CA()
+    renewed = authority.issue_cert("localhost", not_after=ends[1])
+    replaced(used / "cert", renewed.cert_chain_pems[0].bytes())
+    with pytest.raises(UserError):
+        tls.renew()
+    assert said(tls) == (name, before)
+    replaced(used / "key", renewed.private_key_pem.bytes())
+    assert tls.renew()
+    assert said(tls) == (name, ends[1].timestamp())
+    assert not tls.renew()

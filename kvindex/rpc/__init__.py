@@ -51,6 +51,7 @@ def serve_grpc(
         host=config.host,
         port=config.port,
         max_message_bytes=config.max_message_bytes,
+        max_connections=config.max_connections,
         access=access,
         tls=tls,
         spans=spans,

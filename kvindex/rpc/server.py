@@ -34,6 +34,7 @@ _MESSAGE_BYTES = 2_000
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
+    ("grpc.server_handshake_timeout_ms", 20_000),  # TLS, and the first frame that each client sends
     # clients may ask whether we are there, at most each 10 s; those that are gone are seen within two minutes
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -61,6 +62,7 @@ class RpcServer:
         host: str,
         port: int,
         max_message_bytes: int,
+        max_connections: int,
         access: Access | None = None,
         tls: Tls | None = None,
         spans: "Spans | None" = None,
@@ -75,6 +77,7 @@ class RpcServer:
         self._host = host
         self._port = port
         self._max_message_bytes = max_message_bytes
+        self._max_connections = max_connections
         self._started: Future[int] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: Any = None
@@ -148,6 +151,7 @@ class RpcServer:
 
     async def _serve(self) -> None:
         limits = [
+            ("grpc.max_allowed_incoming_connections", self._max_connections),
             ("grpc.max_receive_message_length", self._max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ]
