@@ -25,10 +25,11 @@ use hashbrown::{HashMap, HashSet};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::blocks::{Blocks, Step};
+use crate::chains::{self, Cache, Chain, SlotView, readers_of, usual_block_size};
 use crate::events::{Batch, EngineHash, Event};
-use crate::groups::GroupSpec;
-use crate::ledger::{Counters, Here, Known, Ledger, Limits, Slot, Tier, count};
-use crate::matching::{Asked, Chain, Found, NOTHING, Plan, SlotView, answer, chains_of};
+use crate::ledger::{Counters, Here, Known, Ledger, Limits, Slot, count};
+use crate::matching::{Found, NOTHING, Plan, answer};
+use crate::prompt::Asked;
 use crate::slots::Slots;
 use crate::wire::{DecodeError, decode_batch};
 
@@ -113,11 +114,7 @@ pub struct Status {
     pub last_seq: Option<u64>,
 }
 
-/// A source of a view and its chains.
-struct Reader {
-    tracked: Arc<Tracked>,
-    chains: Vec<Chain>,
-}
+type Reader = chains::Reader<Arc<Tracked>>;
 
 /// The sources of one model.
 struct View {
@@ -559,7 +556,7 @@ impl Index {
             let reused = self.slots.given_back();
             let Some(view) = self.view(&asked.keys.model) else { return Vec::new() };
             let bare = self.bare_models.read().contains(&*asked.keys.model);
-            let wanted = |reader: &&Reader| pods.is_none_or(|pods| pods.contains(&*reader.tracked.name.0));
+            let wanted = |reader: &&Reader| pods.is_none_or(|pods| pods.contains(&*reader.source.name.0));
             let readers: Vec<&Reader> = view.readers.iter().filter(wanted).collect();
             let found = if readers.len() == view.readers.len() && size.is_none() {
                 answer(&view.plan, &self.blocks, asked, bare)
@@ -569,8 +566,8 @@ impl Index {
             };
             if reused == self.slots.given_back() {
                 let heard = |(reader, found): (&&Reader, Found)| {
-                    let found = if reader.tracked.is_unreachable() { NOTHING } else { found };
-                    Holding { tracked: reader.tracked.clone(), found }
+                    let found = if reader.source.is_unreachable() { NOTHING } else { found };
+                    Holding { tracked: reader.source.clone(), found }
                 };
                 let holdings = readers.iter().zip(found).map(heard);
                 return holdings.filter(|holding| all || holding.found.tokens > 0).collect();
@@ -601,45 +598,17 @@ impl Index {
     }
 
     fn make_view(&self, layout: u64, mine: &[Arc<Tracked>]) -> View {
-        struct Copy {
-            slots: Vec<SlotView>,
-            groups: Vec<(u32, GroupSpec)>,
-        }
-        let mut copies: Vec<Copy> = Vec::new();
-        for tracked in mine {
+        let cache_of = |tracked: &Arc<Tracked>| {
             let ledger = tracked.ledger.lock();
-            copies
-                .push(Copy { slots: ledger.slots.iter().map(SlotView::from).collect(), groups: ledger.groups.clone() });
-        }
-        let sizes = self.common_sizes(copies.iter().map(|copy| &copy.slots[..]));
-        let block_size = usual_size(copies.iter().map(|copy| (&copy.slots[..], &copy.groups[..])));
-        let is_shared = mine.iter().zip(&copies).filter(|(tracked, _)| tracked.fleet_wide);
-        let shared: Vec<SlotView> = is_shared.flat_map(|(_, copy)| copy.slots.iter().cloned()).collect();
-        let mut readers = Vec::new();
-        for (tracked, copy) in mine.iter().zip(copies).filter(|(tracked, _)| !tracked.fleet_wide) {
-            let slots = copy.slots.into_iter().chain(shared.iter().cloned());
-            let slots = slots.filter(|slot| sizes.contains(&slot.block_size)).collect();
-            readers.push(Reader { tracked: tracked.clone(), chains: chains_of(slots, &copy.groups) });
-        }
+            let slots = ledger.slots.iter().map(SlotView::from).collect();
+            Cache { source: tracked.clone(), slots, groups: ledger.groups.clone(), fleet_wide: tracked.fleet_wide }
+        };
+        let caches: Vec<_> = mine.iter().map(cache_of).collect();
+        let block_size = usual_block_size(&caches);
+        let readers = readers_of(caches, self.limits.block_sizes);
         let chains: Vec<&[Chain]> = readers.iter().map(|reader| &reader.chains[..]).collect();
         let plan = Plan::new(&chains, None);
         View { layout, plan, readers, block_size }
-    }
-
-    /// The block sizes that the most sources use, no more than a question is asked for. By sources, not by blocks: their
-    /// number depends on the layout alone, and no source has more than its one vote.
-    fn common_sizes<'a>(&self, sources: impl Iterator<Item = &'a [SlotView]>) -> Vec<u32> {
-        let mut votes: HashMap<u32, usize> = HashMap::new();
-        for slots in sources {
-            let sizes: HashSet<u32> = slots.iter().map(|slot| slot.block_size).collect();
-            for size in sizes {
-                *votes.entry(size).or_default() += 1;
-            }
-        }
-        let mut sizes: Vec<(u32, usize)> = votes.into_iter().collect();
-        sizes.sort_unstable_by_key(|(size, votes)| (std::cmp::Reverse(*votes), *size));
-        sizes.truncate(self.limits.block_sizes);
-        sizes.into_iter().map(|(size, _)| size).collect()
     }
 
     /// Describes all sources that are followed, by name.
@@ -695,17 +664,4 @@ impl Index {
     pub fn counts(&self) -> (usize, usize) {
         (self.blocks.len(), self.sources.read().len())
     }
-}
-
-fn usual_size<'a>(sources: impl Iterator<Item = (&'a [SlotView], &'a [(u32, GroupSpec)])>) -> Option<u32> {
-    let mut sizes: HashMap<u32, usize> = HashMap::new();
-    for (slots, groups) in sources {
-        let of_group = groups.iter().find(|(_, spec)| spec.tail.is_none()).map(|(_, spec)| spec.block_size);
-        let on_gpu = || slots.iter().find(|slot| slot.tier == Tier::Gpu).map(|slot| slot.block_size);
-        let any = || slots.first().map(|slot| slot.block_size);
-        if let Some(size) = of_group.or_else(on_gpu).or_else(any) {
-            *sizes.entry(size).or_default() += 1;
-        }
-    }
-    sizes.into_iter().max_by_key(|(size, sources)| (*sources, std::cmp::Reverse(*size))).map(|(size, _)| size)
 }

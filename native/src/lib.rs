@@ -1,6 +1,7 @@
 //! The index of kv-cache-indexer at memory speed. See `README.md` beside `Cargo.toml` for who locks what.
 
 pub mod blocks;
+pub mod chains;
 pub mod columns;
 pub mod events;
 pub mod groups;
@@ -14,6 +15,7 @@ pub mod msgpack;
 pub mod prompt;
 #[cfg(feature = "python")]
 mod python;
+pub mod scan;
 pub mod slots;
 pub mod table;
 pub mod waiting;
