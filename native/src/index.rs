@@ -32,8 +32,9 @@ pub use self::asking::Holding;
 use self::asking::View;
 pub use self::tracked::{Status, Tracked};
 use crate::blocks::Blocks;
+use crate::counters::{Counters, count};
 use crate::events::EngineHash;
-use crate::ledger::{Counters, Here, Known, Ledger, Limits, count};
+use crate::ledger::{Here, Known, Ledger, Limits};
 use crate::slots::Slots;
 
 /// The pod and the data-parallel rank of a source.

@@ -3,6 +3,7 @@
 pub mod blocks;
 pub mod chains;
 pub mod columns;
+pub mod counters;
 pub mod events;
 pub mod groups;
 pub mod holders;

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use parking_lot::MutexGuard;
 
 use super::{Index, Name, Refusal, Tracked};
+use crate::counters::count;
 use crate::events::{Batch, EngineHash, Event};
-use crate::ledger::{Known, count};
+use crate::ledger::Known;
 use crate::wire::{DecodeError, decode_batch};
 
 /// What became of payloads, see `Index::apply_payloads`.

@@ -10,7 +10,8 @@ use hashbrown::HashMap;
 
 use super::{Index, Tracked};
 use crate::blocks::Step;
-use crate::ledger::{Ledger, Slot, count};
+use crate::counters::count;
+use crate::ledger::{Ledger, Slot};
 
 /// Blocks reclaimed at a time: a reader that came before waits no longer for memory than that takes.
 const SWEEP: usize = 4096;
