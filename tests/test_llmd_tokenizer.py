@@ -25,8 +25,8 @@ from kvindex.tokenizing import open_prompts
 from scorer import InvalidRequest, ModelSettings, NoTokenizer, Prompts, Tokenizers, Unavailable
 
 from .conftest import until
+from .grpc_service import field, fields, varint
 from .models import make_folder
-from .test_grpc import field, fields, varint
 from .test_prefix_store import tokenizer_named
 from .test_prompts import TOOL, USER, same
 

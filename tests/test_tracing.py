@@ -26,9 +26,9 @@ from kvindex.tracing import UNDER_WAY, note_error, note_stages, open_tracing
 from scorer import InvalidRequest
 
 from .conftest import until
+from .grpc_service import HEALTH, LLMD, OURS, field, llmd_request, make_tokenizers
+from .grpc_service import MODEL as TEXT_MODEL
 from .serving import refusing_port, service
-from .test_grpc import HEALTH, LLMD, OURS, field, llmd_request, make_tokenizers
-from .test_grpc import MODEL as TEXT_MODEL
 
 MODEL = "test/model"
 TOKENS = [90_000_001 + number for number in range(40)]
