@@ -1,183 +1,21 @@
 """From the holders of each block of a prompt to what each source holds of it.
 
-Holders of a block are bits of an int, one bit per slot. Along a prompt they change rarely, so a look-up keeps only the
-places where they do. Sources that hold a model's blocks in one slot need no more than "where did my bit first miss";
-the others (several tiers, hybrid models, shared storage) are worked out from the places where the holders change.
+Sources that hold a model's blocks in one slot need no more than "where did my bit first miss"; the others (several
+tiers, hybrid models, shared storage) are worked out from the places where the holders change.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from indexer.base import UNREACHABLE, Holding, Run, Source
-from indexer.groups import GroupBlocks, GroupSpec, longest_prefix
+from indexer.base import UNREACHABLE, Holding, Run
+from indexer.chains import Chain, Group, Reader
+from indexer.groups import GroupBlocks, longest_prefix
 from indexer.keys import BlockKey
-from indexer.ledger import Slot
 from indexer.prompt import Prompt
-
-
-class Chunks(NamedTuple):
-    """How many blocks are looked up at a time: first few, as most prompts leave what is cached early, then more."""
-
-    first: int = 64
-    growth: int = 2
-    largest: int = 1024
-
+from indexer.scan import Chunks, Scan, Wanted
 
 LookUps: TypeAlias = Generator[list[BlockKey], Sequence[Any], list[Holding]]
 """Gives block keys, is sent the holders of each, and returns the answer."""
-
-
-class Group(NamedTuple):
-    """What serves one cache group of one source."""
-
-    spec: GroupSpec
-    slots: tuple[Slot, ...]
-    mask: int
-    """The bits of the slots."""
-
-
-class Chain(NamedTuple):
-    """Groups that a source reads together: a prefix must be served by all of them."""
-
-    groups: tuple[Group, ...]
-    single_slot: bool
-    """One slot that must hold every block from the start: the common and fast case."""
-    sizes: frozenset[int]
-    """The block sizes of the groups."""
-
-    @classmethod
-    def of(cls, *groups: Group) -> "Chain":
-        """Put groups together."""
-        single = len(groups) == 1 and groups[0].spec.tail is None and len(groups[0].slots) == 1
-        return cls(groups, single, frozenset(group.spec.block_size for group in groups))
-
-
-class Reader(NamedTuple):
-    """A source and all its chains. `degraded` is asked when an answer is made."""
-
-    source: Source
-    chains: tuple[Chain, ...]
-    degraded: Callable[[], str]
-
-
-class Cache(NamedTuple):
-    """A source as a reader needs it. `degraded` is asked when an answer is made."""
-
-    source: Source
-    slots: Sequence[Slot]
-    groups: dict[int, GroupSpec]
-    fleet_wide: bool
-    degraded: Callable[[], str]
-
-
-def readers_of(caches: Sequence[Cache], block_sizes: int) -> list[Reader]:
-    """Say how the sources of one model are read, by no more block sizes than that many."""
-    shared = [slot for cache in caches if cache.fleet_wide for slot in cache.slots]
-    # by sources, not by blocks: their number depends on the layout alone, and no source has more than its one vote
-    votes = Counter(size for cache in caches for size in {slot.block_size for slot in cache.slots})
-    first = Counter(
-        size for cache in caches for size in {slot.block_size for slot in cache.slots if slot.tier == "gpu"}
-    )
-    # a prompt's last chunk is smaller than a whole one, and of any size (WIRE B1a): those must not push out the others
-    sizes = set(sorted(votes, key=lambda size: (-first[size], -votes[size], -size))[:block_sizes])
-    return [
-        Reader(
-            cache.source,
-            chains_of([slot for slot in [*cache.slots, *shared] if slot.block_size in sizes], cache.groups),
-            cache.degraded,
-        )
-        for cache in caches
-        if not cache.fleet_wide
-    ]
-
-
-def usual_block_size(caches: Sequence[Cache]) -> int | None:
-    """Give the block size that most of these sources use on their first tier, None where there is none."""
-    sizes: Counter[int] = Counter()
-    for cache in caches:
-        size = next((spec.block_size for spec in cache.groups.values() if spec.tail is None), 0)
-        size = size or next((slot.block_size for slot in cache.slots if slot.tier == "gpu"), 0)
-        size = size or next((slot.block_size for slot in cache.slots), 0)
-        sizes[size] += bool(size)
-    return min(sizes, key=lambda size: (-sizes[size], size)) if sizes.total() else None
-
-
-class Scan(NamedTuple):
-    """The holders along a prompt's blocks of one size."""
-
-    absent: int
-    """The bits of single-slot chains that do not hold even the first block."""
-    ends: dict[int, int]
-    """For any other bit of one: how many leading blocks it holds, where that is fewer than `scanned`."""
-    changes: list[tuple[int, int]]
-    """(first block, holders) for each stretch of blocks with the same holders."""
-    scanned: int
-    """How many blocks were looked at; no chain that was asked for holds all of these and more."""
-
-
-def chains_of(slots: Iterable[Slot], groups: dict[int, GroupSpec]) -> tuple[Chain, ...]:
-    """Say how a source reads its slots, given the cache groups that it announced."""
-    slots = list(slots)
-    chains = []
-    if len(groups) > 1:
-        # publishers that name no group (offloading) hold blocks of the group that sees the whole prompt
-        first = min(groups, key=lambda number: (groups[number].tail is not None, number))
-        chain = []
-        for number, spec in groups.items():
-            mine = [
-                slot
-                for slot in slots
-                if slot.block_size == spec.block_size
-                and (slot.group == number or (slot.group is None and number == first))
-            ]
-            chain.append(_group(spec, mine))
-        chains.append(Chain.of(*chain))
-        sizes = {spec.block_size for spec in groups.values()}
-        slots = [slot for slot in slots if slot.group is None and slot.tier != "gpu" and slot.block_size not in sizes]
-        groups = {}
-    for size in sorted({slot.block_size for slot in slots}):
-        spec = next((spec for spec in groups.values() if spec.block_size == size), GroupSpec(size, None))
-        chains.append(Chain.of(_group(spec, [slot for slot in slots if slot.block_size == size])))
-    return tuple(chains)
-
-
-def _group(spec: GroupSpec, slots: list[Slot]) -> Group:
-    mask = 0
-    for slot in slots:
-        mask |= slot.bit
-    return Group(spec, tuple(slots), mask)
-
-
-class Wanted(NamedTuple):
-    """What is looked for among the blocks of one size."""
-
-    singles: int
-    """The bits of all single-slot chains."""
-    needed: tuple[int, ...]
-    """For each other chain the bits of a group that must hold every block from the start."""
-    relevant: int
-    """The bits of all groups of other chains."""
-    to_the_end: bool
-    """A chain has no such group: all blocks have to be looked at."""
-
-    @classmethod
-    def of(cls, chains: Sequence[Chain], size: int) -> "Wanted":
-        """Say what some chains look for among the blocks of a size."""
-        singles = relevant = 0
-        needed: list[int] = []
-        to_the_end = False
-        for chain in chains:
-            if chain.single_slot:
-                singles |= chain.groups[0].mask
-                continue
-            here = [group for group in chain.groups if group.spec.block_size == size]
-            for group in here:
-                relevant |= group.mask
-            whole = [group.mask for group in here if group.spec.tail is None]
-            needed += whole[:1]
-            to_the_end = to_the_end or not whole
-        return cls(singles, tuple(needed), relevant, to_the_end)
 
 
 class Plan(NamedTuple):
@@ -251,7 +89,7 @@ def _lookup(
 ) -> Generator[list[BlockKey], Sequence[Any], list[_Found]]:
     scans = {}
     for size, wanted in plan.by_size.items():
-        scans[size] = yield from _scan(size, wanted, prompt, chunks, read, bare=bare)
+        scans[size] = yield from Scan.of(size, wanted, prompt, chunks, read, bare=bare)
     cap = max(0, prompt.length - 1)
     singles: dict[tuple[int, int, str], _Found] = {}
     absent = 0
@@ -289,53 +127,6 @@ def _of_single(group: Group, scans: dict[int, Scan], cap: int, known: dict[tuple
         run = Run(blocks * size, (medium,))
         found = known[blocks, size, medium] = run.tokens, min(blocks, cap // size) * size, (run,)
     return found
-
-
-def _scan(
-    size: int,
-    wanted: Wanted,
-    prompt: Prompt,
-    chunks: Chunks,
-    read: Callable[[Any], int] | None,
-    *,
-    bare: bool,
-) -> Generator[list[BlockKey], Sequence[Any], Scan]:
-    alive, needed, relevant, to_the_end = wanted
-    absent = 0
-    total = prompt.length // size
-    ends: dict[int, int] = {}
-    changes: list[tuple[int, int]] = []
-    before: Any = -1
-    before_relevant = -1
-    done, chunk = 0, chunks.first
-    while done < total:
-        upto = min(total, done + chunk)
-        keys = prompt.keys(size, upto, bare=bare)
-        for number, value in enumerate((yield keys[done:upto]), done):
-            if value == before:
-                continue
-            before = value
-            holders: int = value if read is None else read(value)
-            lost = alive & ~holders
-            if lost:
-                alive ^= lost
-                if not number:
-                    absent, lost = lost, 0
-                while lost:
-                    bit = lost & -lost
-                    ends[bit] = number
-                    lost ^= bit
-            now = holders & relevant
-            if now != before_relevant:
-                before_relevant = now
-                changes.append((number, now))
-                if needed:
-                    needed = tuple(mask for mask in needed if now & mask)
-            if not alive and not needed and not to_the_end:
-                return Scan(absent, ends, changes, number + 1)
-        done = upto
-        chunk = min(chunks.growth * chunk, chunks.largest)
-    return Scan(absent, ends, changes, total)
 
 
 def _evaluate(chain: Chain, scans: dict[int, Scan], cap: int, singles: dict[tuple[int, int, str], _Found]) -> _Found:

@@ -7,12 +7,14 @@ from typing import cast
 import msgspec
 
 from indexer.base import Holding, Limits, Source
+from indexer.chains import readers_of
 from indexer.errors import InvalidQuestion, SnapshotError
 from indexer.events import BlockRemoved, BlockStored, EngineHash
 from indexer.keys import BlockKey
 from indexer.ledger import Change, Slot
-from indexer.matching import Chunks, LookUps, Plan, answer, readers_of
+from indexer.matching import LookUps, Plan, answer
 from indexer.prompt import Prompt
+from indexer.scan import Chunks
 from indexer.sections import Reader, name_of, read_head, read_ledger, write_source
 from indexer.tracking import Tracked, TrackingIndex
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
 
 from indexer.base import Copies, Limits, Source, SourceStatus
+from indexer.chains import Cache, usual_block_size
 from indexer.errors import InvalidQuestion, LimitReached
 from indexer.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, Event, Events
 from indexer.ledger import Change, Known, Ledger, Slot
-from indexer.matching import Cache, usual_block_size
 
 _COUNTERS = (
     "stored",

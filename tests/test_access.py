@@ -27,8 +27,8 @@ from kvindex.gate import Gate
 from kvindex.tls import open_tls
 
 from .conftest import until
+from .grpc_service import HEALTH, LLMD, OURS, field, llmd_request
 from .serving import refusing_port, service, serving
-from .test_grpc import HEALTH, LLMD, OURS, field, llmd_request
 
 TOKEN, OLD = "correct-horse", "battery-staple="
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

@@ -1,13 +1,7 @@
-"""llm-d's tokenization service as a remote tokenizer: a server on real sockets, and every way in which it may fail.
-
-The server reads and writes its bytes by hand, by the published field numbers: nothing of it comes from our own
-description of the messages.
-"""
+"""llm-d's tokenization service as a remote tokenizer, and every way in which it may fail."""
 
 import json
 import re
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,133 +13,18 @@ from transformers import AutoTokenizer
 
 from kvindex import llmd_tokenizer
 from kvindex.config import TokenizersConfig
-from kvindex.errors import UserError
 from kvindex.llmd_tokenizer import LlmdTokenizer
 from kvindex.tokenizing import open_prompts
 from scorer import InvalidRequest, ModelSettings, NoTokenizer, Prompts, Tokenizers, Unavailable
 
 from .conftest import until
+from .grpc_service import field, varint
+from .llmd_service import Service, answered, texts
 from .models import make_folder
-from .test_grpc import field, fields, varint
 from .test_prefix_store import tokenizer_named
 from .test_prompts import TOOL, USER, same
 
 INITIALIZE, RENDER = "InitializeTokenizer", "RenderCompletion"
-
-
-def texts(data, *repeated):
-    """The fields of a message by number; those that may be there more than once as lists."""
-    found = {number: [] for number in repeated}
-    for number, value in fields(data):
-        if number in repeated:
-            found[number].append(value)
-        else:
-            found[number] = value.decode() if isinstance(value, bytes) else value
-    return found
-
-
-def answered(ids, number, success):
-    """An answer with ids under one number and success under another."""
-    return field(number, list(ids)) + field(success, 1)
-
-
-class Service(grpc.GenericRpcHandler):
-    """Answers as llm-d's service does, with transformers.
-
-    `fails` has what a method answers in its place: bytes, or a status with its message. `tamper` changes ids.
-    """
-
-    def __init__(self, tokenizer, address, models=("m",)):
-        self.tokenizer = tokenizer
-        self.models = models
-        self.loaded = set()
-        self.asked = []
-        self.fails = {}
-        self.options = [("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)]
-        self.server = grpc.server(ThreadPoolExecutor(8), options=self.options)
-        self.server.add_generic_rpc_handlers((self,))
-        self.port = self.server.add_insecure_port(address)
-        self.server.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.stop(None).wait()
-
-    def service(self, details):
-        package, _, name = details.method.rpartition("/")
-        handler = getattr(self, name, None)
-        if package != "/tokenization.TokenizationService" or handler is None:
-            return None
-
-        def handle(data, context):
-            try:
-                read, answer = handler(data)
-            except LookupError as error:
-                self.asked.append((name, None))
-                context.abort(grpc.StatusCode.INTERNAL, str(error))
-            self.asked.append((name, read))
-            fails = self.fails.get(name)
-            if callable(fails):
-                fails = fails()
-            if isinstance(fails, tuple):
-                context.abort(*fails)
-            return answer if fails is None else fails
-
-        return grpc.unary_unary_rpc_method_handler(handle)
-
-    def InitializeTokenizer(self, data):  # noqa: N802
-        read = texts(data)
-        if read[1] not in self.models:
-            return read, field(2, f"Failed to initialize renderer for model: {read[1]}")
-        self.loaded.add(read[1])
-        return read, field(1, 1)
-
-    def need(self, model):
-        if model not in self.loaded:
-            raise LookupError(f"Tokenizer not initialized for model: {model}")
-
-    def Tokenize(self, data):  # noqa: N802
-        read = texts(data)
-        self.need(read[2])
-        ids = self.tokenizer.encode(read[1], add_special_tokens=bool(read.get(3)))
-        offsets = [0, 1] * len(ids)
-        return read, answered(ids, 1, 2) + field(4, offsets)
-
-    def RenderCompletion(self, data):  # noqa: N802
-        read = texts(data)
-        self.need(read[1])
-        return read, field(1, "cmpl-1") + answered(self.tokenizer.encode(read.get(2, "")), 2, 3)
-
-    def RenderChatCompletion(self, data):  # noqa: N802
-        read = texts(data, 2)
-        self.need(read[1])
-        messages = []
-        for message in read[2]:
-            said = texts(message, 3)
-            assert said.keys() <= {1, 2, 3, 4}
-            content = [texts(part).get(2, "") for part in said[3]]
-            made = {"role": said[1], "content": "\n".join(content) if content else said.get(2, "")}
-            if 4 in said:
-                made["tool_calls"] = json.loads(said[4])
-            messages.append(made)
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tools=json.loads(read[3]) if 3 in read else None,
-            chat_template=read.get(4) or None,
-            tokenize=False,
-            add_generation_prompt=bool(read.get(5, 1)),
-            continue_final_message=bool(read.get(6)),
-            **json.loads(read.get(7, "{}")),
-        )
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return read, field(1, "chat-1") + answered(ids, 2, 4)
-
-    def calls(self, name):
-        return sum(asked == name for asked, _ in self.asked)
-
-
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{% endfor %}<|end|>{% endfor %}"
@@ -561,87 +440,3 @@ def test_closing_ends_what_is_under_way(service, address):
     far.close()
     with pytest.raises(Unavailable, match="closed"):
         far.text("a", model="m", add_special_tokens=True)
-
-
-def test_somebody_else_is_there(tmp_path):
-    """Bytes that are no HTTP/2 at all."""
-    import socket
-
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen()
-
-        def answer():
-            while True:
-                try:
-                    client, _ = server.accept()
-                except OSError:
-                    return
-                with client:
-                    client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\nwhat?")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        far = LlmdTokenizer(f"unix://{path}", timeout_s=5)
-        with pytest.raises(Unavailable, match=re.escape(path)):
-            far.text("a", model="m", add_special_tokens=True)
-        far.close()
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "grpc://",
-        "grpc://host",
-        "grpc://host:port",
-        "grpc://host:99999",
-        "grpc://host:1/path",
-        "grpc://u:p@host:1",
-        "grpc://host:1?a=b",
-        "unix://relative",
-        "unix:relative",
-        "unix://",
-        "grpc+unix://host/path",
-        "unix:///" + "x" * 200,
-    ],
-)
-def test_an_address_that_is_none_is_refused_at_start(url):
-    with ExitStack() as running, pytest.raises(UserError, match=r"tokenizers\.remote_url"):
-        open_prompts(TokenizersConfig(remote_url=url), running)
-
-
-def test_a_key_is_not_sent_where_none_is_taken():
-    config = TokenizersConfig(remote_url="grpc://localhost:1", remote_api_key="secret")
-    with ExitStack() as running, pytest.raises(UserError, match=r"tokenizers\.remote_api_key") as error:
-        open_prompts(config, running)
-    assert "secret" not in str(error.value)
-
-
-def test_nobody_there(tmp_path):
-    far = LlmdTokenizer(f"unix://{tmp_path}/none")
-    with Prompts(remote=far) as prompts, pytest.raises(Unavailable, match=r"/none .*see whether it runs"):
-        prompts.read({"model": "m", "prompt": "a"})
-    far.close()
-
-
-def test_without_the_packages_the_remedy_is_said():
-    program = """if True:
-        import sys
-        from contextlib import ExitStack
-        sys.modules["grpc"] = None
-        from kvindex.config import TokenizersConfig
-        from kvindex.errors import UserError
-        from kvindex.tokenizing import open_prompts
-        with ExitStack() as running:
-            open_prompts(TokenizersConfig(), running)
-            try:
-                open_prompts(TokenizersConfig(remote_url="unix:///tmp/s"), running)
-            except UserError as error:
-                print(error)
-    """
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=True)
-    assert "unix:///tmp/s" in said.stdout
-    assert "kv-cache-indexer[grpc]" in said.stdout

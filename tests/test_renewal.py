@@ -17,9 +17,9 @@ from kvindex.renewal import Renewal
 from kvindex.tls import ends_at, open_tls
 
 from .conftest import until
+from .grpc_service import HEALTH, OURS, field
 from .serving import service
 from .test_access import Certificates, code_of
-from .test_grpc import HEALTH, OURS, field
 
 QUESTION = {"model": "m", "token_ids": [1]}
 GRPC_QUESTION = field(1, "m") + field(2, [1])

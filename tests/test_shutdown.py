@@ -13,8 +13,8 @@ import pytest
 from indexer import snapshots
 
 from .conftest import until
+from .grpc_service import HEALTH, OURS, Service, field, ours
 from .serving import service
-from .test_grpc import HEALTH, OURS, Service, field, ours
 
 QUESTION = json.dumps({"model": "m", "token_ids": [1]}).encode()
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(QUESTION)

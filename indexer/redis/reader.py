@@ -10,16 +10,18 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from indexer.base import Holding, Limits, SourceStatus
+from indexer.chains import Cache, readers_of, usual_block_size
 from indexer.errors import IndexUnavailable
 from indexer.groups import GroupSpec
 from indexer.keys import BlockKey
 from indexer.ledger import Slot
-from indexer.matching import Cache, Chunks, Plan, answer, readers_of, usual_block_size
+from indexer.matching import Plan, answer
 from indexer.prompt import Prompt
 from indexer.redis.layout import Layout, Names, holders_of
 from indexer.redis.opening import opened_async
 from indexer.redis.records import SourceRecord, decode_records, pairs_of
 from indexer.redis.store import Command
+from indexer.scan import Chunks
 
 T = TypeVar("T")
 Question: TypeAlias = Generator[list[Command], list[Any], T]

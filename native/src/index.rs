@@ -12,28 +12,30 @@
 //! layout it was made from. Slots are used anew only after their last block is gone and was counted as given back; an
 //! answer that was worked out meanwhile is worked out again.
 
+mod applying;
+mod asking;
+mod bounds;
 mod snapshot;
+mod tracked;
 
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use crossbeam_epoch::pin;
 use hashbrown::{HashMap, HashSet};
-use parking_lot::{Mutex, MutexGuard, RwLock};
+use parking_lot::{Mutex, RwLock};
 
-use crate::blocks::{Blocks, Step};
-use crate::events::{Batch, EngineHash, Event};
-use crate::groups::GroupSpec;
-use crate::ledger::{Counters, Here, Known, Ledger, Limits, Slot, Tier, count};
-use crate::matching::{Asked, Chain, Found, NOTHING, Plan, SlotView, answer, chains_of};
+pub use self::applying::Applied;
+pub use self::asking::Holding;
+use self::asking::View;
+pub use self::tracked::{Status, Tracked};
+use crate::blocks::Blocks;
+use crate::counters::{Counters, count};
+use crate::events::EngineHash;
+use crate::ledger::{Here, Known, Ledger, Limits};
 use crate::slots::Slots;
-use crate::wire::{DecodeError, decode_batch};
-
-/// Blocks reclaimed at a time: a reader that came before waits no longer for memory than that takes.
-const SWEEP: usize = 4096;
 
 /// The pod and the data-parallel rank of a source.
 pub type Name = (Arc<str>, u64);
@@ -43,89 +45,6 @@ pub type Name = (Arc<str>, u64);
 pub enum Refusal {
     TooManySources,
     NotRegistered,
-}
-
-#[derive(Default)]
-struct Trouble {
-    reason: Arc<str>,
-    since: f64,
-    ledger: &'static str,
-}
-
-/// One source that is followed.
-pub struct Tracked {
-    pub name: Name,
-    pub model: Arc<str>,
-    pub fleet_wide: bool,
-    /// What the caller of `register` wants to find again.
-    pub label: Box<dyn Any + Send + Sync>,
-    counted: bool,
-    /// In which order sources were registered.
-    number: u64,
-    incarnation: AtomicU64,
-    /// The number of the last message, plus one; 0 where nobody said it.
-    after_seq: AtomicU64,
-    ledger: Mutex<Ledger>,
-    /// Whether blocks may wait for somebody to say their tokens; set before the ledger looks elsewhere for them.
-    wanting: AtomicBool,
-    is_degraded: AtomicBool,
-    trouble: RwLock<Trouble>,
-}
-
-impl Tracked {
-    /// Why answers may be wrong, None when they are exact.
-    pub fn degraded(&self) -> Option<Arc<str>> {
-        if !self.is_degraded.load(Ordering::Relaxed) {
-            return None;
-        }
-        let trouble = self.trouble.read();
-        let reason = if trouble.reason.is_empty() { trouble.ledger.into() } else { trouble.reason.clone() };
-        (!reason.is_empty()).then_some(reason)
-    }
-
-    /// Whether nobody has heard of it for long: `UNREACHABLE` in indexer/base.py.
-    fn is_unreachable(&self) -> bool {
-        self.degraded().is_some_and(|reason| reason.starts_with("unreachable"))
-    }
-
-    fn set_trouble(&self, change: impl FnOnce(&mut Trouble)) {
-        let mut trouble = self.trouble.write();
-        change(&mut trouble);
-        self.is_degraded.store(!trouble.reason.is_empty() || !trouble.ledger.is_empty(), Ordering::Relaxed);
-    }
-
-    fn note_ledger(&self, ledger: &Ledger) {
-        let degraded = ledger.degraded();
-        if self.trouble.read().ledger != degraded {
-            self.set_trouble(|trouble| trouble.ledger = degraded);
-        }
-    }
-}
-
-/// What is known about one source.
-pub struct Status {
-    pub tracked: Arc<Tracked>,
-    pub incarnation: u64,
-    pub tiers: Vec<(&'static str, usize)>,
-    pub block_sizes: Vec<u32>,
-    pub degraded: Option<Arc<str>>,
-    pub degraded_since: f64,
-    pub last_seq: Option<u64>,
-}
-
-/// A source of a view and its chains.
-struct Reader {
-    tracked: Arc<Tracked>,
-    chains: Vec<Chain>,
-}
-
-/// The sources of one model.
-struct View {
-    layout: u64,
-    readers: Vec<Reader>,
-    /// For a question about all of them.
-    plan: Plan,
-    block_size: Option<u32>,
 }
 
 /// See the module.
@@ -141,22 +60,6 @@ pub struct Index {
     views: RwLock<HashMap<Arc<str>, Arc<View>>>,
     bare_models: RwLock<HashSet<Arc<str>>>,
     ledger_bytes: AtomicUsize,
-}
-
-/// What became of payloads, see `Index::apply_payloads`.
-#[derive(Debug, Default)]
-pub struct Applied {
-    pub payloads: usize,
-    /// How many events they had.
-    pub events: usize,
-    /// The others, decoded.
-    pub rest: Vec<Result<Batch, DecodeError>>,
-}
-
-/// One source's share of an answer.
-pub struct Holding {
-    pub tracked: Arc<Tracked>,
-    pub found: Found,
 }
 
 impl Index {
@@ -220,122 +123,6 @@ impl Index {
         self.sources.read().get(name).cloned().ok_or(Refusal::NotRegistered)
     }
 
-    /// Decodes and applies payloads of a source, one by one while each is in the cache, up to the first that is more than
-    /// events to apply: no batch, of another rank, with events that were discarded, or a clear. `first_seq` is the number
-    /// of the first; the others follow it. Where the source is not followed, all of them are left.
-    pub fn apply_payloads<'a>(
-        &self,
-        name: &Name,
-        payloads: impl IntoIterator<Item = &'a [u8]>,
-        first_seq: u64,
-    ) -> Applied {
-        let mut payloads = payloads.into_iter();
-        let mut done = Applied::default();
-        let plain = std::iter::from_fn(|| match decode_batch(payloads.next()?) {
-            Ok(batch)
-                if u64::from(batch.rank.unwrap_or(0)) == name.1 && batch.discards.is_empty() && !batch.clears() =>
-            {
-                done.payloads += 1;
-                done.events += batch.events.len();
-                Some(batch.events)
-            }
-            other => {
-                done.rest.push(other);
-                None
-            }
-        });
-        let last_seq = |count: usize| Some(first_seq.saturating_add(count.checked_sub(1)? as u64));
-        // a source that is forgotten meanwhile takes with it what was applied: whoever applies the rest is told
-        let _ = self.apply_each(name, plain, last_seq);
-        done.rest.extend(payloads.map(decode_batch));
-        done
-    }
-
-    /// Applies the events of a source, batch by batch, in order.
-    pub fn apply<'a>(
-        &self,
-        name: &Name,
-        batches: impl IntoIterator<Item = &'a [Event]>,
-        last_seq: Option<u64>,
-    ) -> Result<(), Refusal> {
-        self.apply_each(name, batches, |_| last_seq)
-    }
-
-    /// Applies batches as they come; `last_seq` is asked for the number of the last message when it is known how many.
-    fn apply_each(
-        &self,
-        name: &Name,
-        batches: impl IntoIterator<Item: AsRef<[Event]>>,
-        last_seq: impl FnOnce(usize) -> Option<u64>,
-    ) -> Result<(), Refusal> {
-        let tracked = self.require(name)?;
-        let elsewhere = |name| self.find_elsewhere(&tracked.model, name);
-        let elsewhere: &dyn Fn(EngineHash) -> Option<Known> = &elsewhere;
-        let mut dead = Vec::new();
-        let mut ledger = tracked.ledger.lock();
-        if ledger.gone {
-            return Err(Refusal::NotRegistered);
-        }
-        if tracked.fleet_wide {
-            tracked.wanting.store(true, Ordering::SeqCst);
-        }
-        let shared = self.shared_with(&tracked);
-        let here = self.here(tracked.fleet_wide.then_some(elsewhere));
-        let mut applied = 0;
-        'batches: for batch in batches {
-            applied += 1;
-            for event in batch.as_ref() {
-                match event {
-                    Event::Stored(event) => {
-                        count(&self.counters.stored, event.block_hashes.len());
-                        if event.bare_images && !self.bare_models.read().contains(&tracked.model) {
-                            self.bare_models.write().insert(tracked.model.clone());
-                        }
-                        let released = ledger.store(event, &here);
-                        if shared.iter().any(|other| other.wanting.load(Ordering::SeqCst)) {
-                            let known: Vec<(EngineHash, Known)> = (event.block_hashes.iter().chain(&released))
-                                .filter_map(|name| Some((*name, ledger.find(*name, 0, self.secret)?)))
-                                .collect();
-                            ledger.settle(&here);
-                            self.settle(&tracked, &mut ledger);
-                            MutexGuard::unlocked(&mut ledger, || self.tell(&shared, &known));
-                            if ledger.gone {
-                                break 'batches;
-                            }
-                        }
-                    }
-                    Event::Removed(event) => {
-                        count(&self.counters.removed, event.block_hashes.len());
-                        ledger.remove(event, &here);
-                    }
-                    Event::Cleared => {
-                        count(&self.counters.cleared, 1);
-                        ledger.settle(&here);
-                        dead.push(self.renew(&tracked, &mut ledger, true));
-                    }
-                }
-            }
-        }
-        ledger.settle(&here);
-        self.settle(&tracked, &mut ledger);
-        if let Some(seq) = last_seq(applied) {
-            tracked.after_seq.store(seq.saturating_add(1), Ordering::Relaxed);
-        }
-        let gone = ledger.gone;
-        drop(ledger);
-        self.reclaim_all(dead);
-        self.keep_bound();
-        if gone { Err(Refusal::NotRegistered) } else { Ok(()) }
-    }
-
-    /// The shared caches that a source's blocks may lie in.
-    fn shared_with(&self, tracked: &Tracked) -> Vec<Arc<Tracked>> {
-        if self.fleet_wide.load(Ordering::SeqCst) <= usize::from(tracked.fleet_wide) {
-            return Vec::new();
-        }
-        self.in_order(&tracked.model, |other| other.fleet_wide && other.name != tracked.name)
-    }
-
     fn here<'a>(&'a self, elsewhere: Option<&'a dyn Fn(EngineHash) -> Option<Known>>) -> Here<'a> {
         Here {
             blocks: &self.blocks,
@@ -360,27 +147,6 @@ impl Index {
             tracked.wanting.store(ledger.waiting.has_unplaced(), Ordering::SeqCst);
         }
         tracked.note_ledger(ledger);
-    }
-
-    /// Tells shared caches that wait for somebody to say a block's tokens.
-    fn tell(&self, shared: &[Arc<Tracked>], known: &[(EngineHash, Known)]) {
-        for other in shared.iter().filter(|other| other.wanting.load(Ordering::SeqCst)) {
-            let mut ledger = other.ledger.lock();
-            if ledger.gone {
-                continue;
-            }
-            let here = self.here(None);
-            for (name, known) in known {
-                ledger.place(*name, *known, &here);
-            }
-            ledger.settle(&here);
-            self.settle(other, &mut ledger);
-        }
-    }
-
-    fn find_elsewhere(&self, model: &Arc<str>, name: EngineHash) -> Option<Known> {
-        let others = self.in_order(model, |other| !other.fleet_wide);
-        others.iter().find_map(|other| other.ledger.lock().find(name, 0, self.secret))
     }
 
     /// The sources of a model that are `wanted`, in the order of their registration.
@@ -447,17 +213,6 @@ impl Index {
         Ok(ledger.surplus(&keys.iter().copied().collect(), self.secret))
     }
 
-    /// Drops blocks that outlived `silent_tier_ttl_s`.
-    pub fn expire(&self) {
-        let ttl = Duration::try_from_secs_f64(self.limits.silent_tier_ttl_s).unwrap_or(Duration::MAX);
-        let Some(before) = Instant::now().checked_sub(ttl) else { return };
-        for tracked in self.all() {
-            let mut ledger = tracked.ledger.lock();
-            ledger.expire(before, &self.here(None));
-            self.settle(&tracked, &mut ledger);
-        }
-    }
-
     /// Stops following all sources of a pod and gives their memory back.
     pub fn forget(&self, pod: &str) {
         let mut gone = Vec::new();
@@ -495,186 +250,11 @@ impl Index {
         self.sources.read().values().cloned().collect()
     }
 
-    /// Takes the slots of ledgers that are no longer in use out of the table, in small steps.
-    fn reclaim_all(&self, ledgers: impl IntoIterator<Item = Ledger>) {
-        for ledger in ledgers {
-            self.ledger_bytes.fetch_sub(ledger.accounted, Ordering::Relaxed);
-            for slot in &ledger.slots {
-                self.reclaim(slot);
-            }
-        }
-    }
-
-    fn reclaim(&self, slot: &Slot) {
-        let mut keys = slot.keys().peekable();
-        while keys.peek().is_some() {
-            let some: Vec<Step> = keys.by_ref().take(SWEEP).map(|key| Step { key, holds: false }).collect();
-            self.blocks.take(slot.id, &some, &mut HashMap::new(), &pin());
-        }
-        self.slots.give_back(slot.id);
-    }
-
-    /// Bytes of memory in use.
-    pub fn bytes(&self) -> usize {
-        self.blocks.bytes() + self.ledger_bytes.load(Ordering::Relaxed)
-    }
-
-    fn keep_bound(&self) {
-        let Some(limit) = self.limits.max_bytes else { return };
-        while self.bytes() > limit && self.evict() {
-            self.blocks.compact(&pin());
-        }
-    }
-
-    /// Forgets the least useful tier of the largest source, or what else it remembers when it holds nothing; says no when
-    /// nothing is left anywhere.
-    fn evict(&self) -> bool {
-        let bytes = |tracked: &Arc<Tracked>| {
-            let ledger = tracked.ledger.lock();
-            (!ledger.is_empty()).then_some((ledger.bytes(), std::cmp::Reverse(tracked.number)))
-        };
-        let largest = self.all().into_iter().filter_map(|tracked| Some((bytes(&tracked)?, tracked)));
-        let Some((_, tracked)) = largest.max_by_key(|(bytes, _)| *bytes) else { return false };
-        let mut ledger = tracked.ledger.lock();
-        let gone = ledger.evict();
-        self.slots.change_layout();
-        self.settle(&tracked, &mut ledger);
-        drop(ledger);
-        for slot in &gone {
-            count(&self.counters.evicted, slot.len());
-            self.reclaim(slot);
-        }
-        true
-    }
-
-    /// Says what each source of a model holds of a prompt, those that hold nothing included where `all` says so.
-    pub fn holdings(
-        &self,
-        asked: &mut Asked,
-        pods: Option<&std::collections::HashSet<String>>,
-        size: Option<u32>,
-        all: bool,
-    ) -> Vec<Holding> {
-        loop {
-            let reused = self.slots.given_back();
-            let Some(view) = self.view(&asked.keys.model) else { return Vec::new() };
-            let bare = self.bare_models.read().contains(&*asked.keys.model);
-            let wanted = |reader: &&Reader| pods.is_none_or(|pods| pods.contains(&*reader.tracked.name.0));
-            let readers: Vec<&Reader> = view.readers.iter().filter(wanted).collect();
-            let found = if readers.len() == view.readers.len() && size.is_none() {
-                answer(&view.plan, &self.blocks, asked, bare)
-            } else {
-                let chains: Vec<&[Chain]> = readers.iter().map(|reader| &reader.chains[..]).collect();
-                answer(&Plan::new(&chains, size), &self.blocks, asked, bare)
-            };
-            if reused == self.slots.given_back() {
-                let heard = |(reader, found): (&&Reader, Found)| {
-                    let found = if reader.tracked.is_unreachable() { NOTHING } else { found };
-                    Holding { tracked: reader.tracked.clone(), found }
-                };
-                let holdings = readers.iter().zip(found).map(heard);
-                return holdings.filter(|holding| all || holding.found.tokens > 0).collect();
-            }
-        }
-    }
-
-    /// The block size that most sources of a model use on their first tier.
-    pub fn block_size(&self, model: &str) -> Option<u32> {
-        self.view(model)?.block_size
-    }
-
-    fn view(&self, model: &str) -> Option<Arc<View>> {
-        let layout = self.slots.layout();
-        if let Some(view) = self.views.read().get(model)
-            && view.layout == layout
-        {
-            return Some(view.clone());
-        }
-        let mine = self.in_order(model, |_| true);
-        let Some(model) = mine.first().map(|tracked| tracked.model.clone()) else {
-            self.views.write().remove(model);
-            return None;
-        };
-        let view = Arc::new(self.make_view(layout, &mine));
-        self.views.write().insert(model, view.clone());
-        Some(view)
-    }
-
-    fn make_view(&self, layout: u64, mine: &[Arc<Tracked>]) -> View {
-        struct Copy {
-            slots: Vec<SlotView>,
-            groups: Vec<(u32, GroupSpec)>,
-        }
-        let mut copies: Vec<Copy> = Vec::new();
-        for tracked in mine {
-            let ledger = tracked.ledger.lock();
-            copies
-                .push(Copy { slots: ledger.slots.iter().map(SlotView::from).collect(), groups: ledger.groups.clone() });
-        }
-        let sizes = self.common_sizes(copies.iter().map(|copy| &copy.slots[..]));
-        let block_size = usual_size(copies.iter().map(|copy| (&copy.slots[..], &copy.groups[..])));
-        let is_shared = mine.iter().zip(&copies).filter(|(tracked, _)| tracked.fleet_wide);
-        let shared: Vec<SlotView> = is_shared.flat_map(|(_, copy)| copy.slots.iter().cloned()).collect();
-        let mut readers = Vec::new();
-        for (tracked, copy) in mine.iter().zip(copies).filter(|(tracked, _)| !tracked.fleet_wide) {
-            let slots = copy.slots.into_iter().chain(shared.iter().cloned());
-            let slots = slots.filter(|slot| sizes.contains(&slot.block_size)).collect();
-            readers.push(Reader { tracked: tracked.clone(), chains: chains_of(slots, &copy.groups) });
-        }
-        let chains: Vec<&[Chain]> = readers.iter().map(|reader| &reader.chains[..]).collect();
-        let plan = Plan::new(&chains, None);
-        View { layout, plan, readers, block_size }
-    }
-
-    /// The block sizes that the most sources use, no more than a question is asked for. By sources, not by blocks: their
-    /// number depends on the layout alone, and no source has more than its one vote.
-    fn common_sizes<'a>(&self, sources: impl Iterator<Item = &'a [SlotView]>) -> Vec<u32> {
-        let mut votes: HashMap<u32, (usize, usize)> = HashMap::new();
-        for slots in sources {
-            let sizes: HashSet<(u32, bool)> =
-                slots.iter().map(|slot| (slot.block_size, slot.tier == Tier::Gpu)).collect();
-            for (size, is_first) in &sizes {
-                let (first, all) = votes.entry(*size).or_default();
-                *first += usize::from(*is_first);
-                *all += usize::from(*is_first || !sizes.contains(&(*size, true)));
-            }
-        }
-        // a prompt's last chunk is smaller than a whole one, and of any size (WIRE B1a): those must not push out the
-        // others
-        let mut sizes: Vec<(usize, usize, u32)> =
-            votes.into_iter().map(|(size, (first, all))| (first, all, size)).collect();
-        sizes.sort_unstable_by_key(|votes| std::cmp::Reverse(*votes));
-        sizes.truncate(self.limits.block_sizes);
-        sizes.into_iter().map(|(_, _, size)| size).collect()
-    }
-
     /// Describes all sources that are followed, by name.
     pub fn sources(&self) -> Vec<Status> {
         let mut all = self.all();
         all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        all.into_iter().map(Self::status).collect()
-    }
-
-    fn status(tracked: Arc<Tracked>) -> Status {
-        let mut tiers: Vec<(&'static str, usize)> = Vec::new();
-        let mut block_sizes = Vec::new();
-        {
-            let ledger = tracked.ledger.lock();
-            for slot in &ledger.slots {
-                match tiers.iter_mut().find(|(tier, _)| *tier == slot.tier.name()) {
-                    Some((_, blocks)) => *blocks += slot.len(),
-                    None => tiers.push((slot.tier.name(), slot.len())),
-                }
-                block_sizes.push(slot.block_size);
-            }
-        }
-        block_sizes.sort_unstable();
-        block_sizes.dedup();
-        let degraded = tracked.degraded();
-        let degraded_since = if degraded.is_some() { tracked.trouble.read().since } else { 0.0 };
-        let incarnation = tracked.incarnation.load(Ordering::Relaxed);
-        let last_seq = tracked.after_seq.load(Ordering::Relaxed).checked_sub(1);
-        Status { tracked, incarnation, tiers, block_sizes, degraded, degraded_since, last_seq }
+        all.into_iter().map(Status::of).collect()
     }
 
     /// Gauges, and the counter of what waited too long, by name.
@@ -701,17 +281,4 @@ impl Index {
     pub fn counts(&self) -> (usize, usize) {
         (self.blocks.len(), self.sources.read().len())
     }
-}
-
-fn usual_size<'a>(sources: impl Iterator<Item = (&'a [SlotView], &'a [(u32, GroupSpec)])>) -> Option<u32> {
-    let mut sizes: HashMap<u32, usize> = HashMap::new();
-    for (slots, groups) in sources {
-        let of_group = groups.iter().find(|(_, spec)| spec.tail.is_none()).map(|(_, spec)| spec.block_size);
-        let on_gpu = || slots.iter().find(|slot| slot.tier == Tier::Gpu).map(|slot| slot.block_size);
-        let any = || slots.first().map(|slot| slot.block_size);
-        if let Some(size) = of_group.or_else(on_gpu).or_else(any) {
-            *sizes.entry(size).or_default() += 1;
-        }
-    }
-    sizes.into_iter().max_by_key(|(size, sources)| (*sources, std::cmp::Reverse(*size))).map(|(size, _)| size)
 }

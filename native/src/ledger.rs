@@ -2,214 +2,30 @@
 //! `indexer/ledger.py`, which says why each step is as it is; here the changes go to the table of blocks at once.
 
 mod dump;
+mod slot;
+mod upkeep;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crossbeam_epoch::pin;
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
 
+pub use self::slot::{Slot, Tier};
 use crate::blocks::{Blocks, Step};
+use crate::counters::{Counters, count};
 use crate::events::{EngineHash, Removed, Stored};
 use crate::groups::GroupSpec;
-use crate::holders::SlotId;
 use crate::keys::{chain, root_key};
 use crate::slots::Slots;
-use crate::table::Map;
 use crate::waiting::{Place, WaitingRoom};
-
-macro_rules! counters {
-    ($($name:ident),* $(,)?) => {
-        /// What happened, by name.
-        #[derive(Default)]
-        pub struct Counters { $(pub $name: AtomicU64),* }
-
-        impl Counters {
-            /// All names and values.
-            pub fn all(&self) -> Vec<(&'static str, u64)> {
-                vec![$((concat!(stringify!($name), "_total"), self.$name.load(Ordering::Relaxed))),*]
-            }
-        }
-    };
-}
-
-counters! {
-    stored, removed, cleared, restarts, copies, hash_conflicts, parked, unplaced, partial_blocks, removed_unknown,
-    expired, evicted, recounted, too_many_slots,
-}
-
-/// Adds to a counter.
-pub fn count(counter: &AtomicU64, more: usize) {
-    if more > 0 {
-        counter.fetch_add(more as u64, Ordering::Relaxed);
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Tier {
-    Gpu,
-    Cpu,
-    Disk,
-    Shared,
-}
-
-impl Tier {
-    /// From the most to the least useful.
-    pub const ALL: [Self; 4] = [Self::Gpu, Self::Cpu, Self::Disk, Self::Shared];
-
-    /// Words that are not known count as shared.
-    pub fn of(medium: &str) -> Self {
-        match medium {
-            "gpu" => Self::Gpu,
-            "cpu" | "cpu_pinned" => Self::Cpu,
-            "disk" => Self::Disk,
-            _ => Self::Shared,
-        }
-    }
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Gpu => "gpu",
-            Self::Cpu => "cpu",
-            Self::Disk => "disk",
-            Self::Shared => "shared",
-        }
-    }
-}
 
 /// How many steps are kept back at most.
 const DUE: usize = 1024;
 
 /// A block key and the size of its block.
 pub type Known = (u64, u32);
-
-/// Engine hash → block key.
-#[derive(Default)]
-struct Held {
-    ints: Map<1>,
-    digests: Map<2>,
-}
-
-impl Held {
-    fn len(&self) -> usize {
-        self.ints.len() + self.digests.len()
-    }
-
-    #[inline]
-    fn get(&self, name: EngineHash, secret: u64) -> u64 {
-        match name.as_int() {
-            Some(int) => self.ints.get([int.wrapping_mul(secret)]),
-            None => self.digests.get(digest_key(name, secret)),
-        }
-    }
-
-    #[inline]
-    fn prefetch(&self, name: EngineHash, secret: u64) {
-        match name.as_int() {
-            Some(int) => self.ints.prefetch(&[int.wrapping_mul(secret)]),
-            None => self.digests.prefetch(&digest_key(name, secret)),
-        }
-    }
-
-    #[inline]
-    fn insert_or_get(&mut self, name: EngineHash, key: u64, secret: u64) -> u64 {
-        let key = key.max(1); // 0 marks a gap; a key that is 0 is either forged or the first in the world
-        match name.as_int() {
-            Some(int) => self.ints.insert_or_get([int.wrapping_mul(secret)], key),
-            None => self.digests.insert_or_get(digest_key(name, secret), key),
-        }
-    }
-
-    fn remove(&mut self, name: EngineHash, secret: u64) -> u64 {
-        match name.as_int() {
-            Some(int) => self.ints.remove([int.wrapping_mul(secret)]),
-            None => self.digests.remove(digest_key(name, secret)),
-        }
-    }
-
-    fn keys(&self) -> impl Iterator<Item = u64> + '_ {
-        self.ints.iter().map(|(_, key)| key).chain(self.digests.iter().map(|(_, key)| key))
-    }
-}
-
-/// Multiplying by a secret odd number spreads names that an engine counts up, and nobody can choose which rows they crowd.
-fn digest_key(name: EngineHash, secret: u64) -> [u64; 2] {
-    [(name.0 as u64).wrapping_mul(secret), (name.0 >> 64) as u64]
-}
-
-/// When each block of a medium was last announced.
-#[derive(Default)]
-struct Seen {
-    last: HashMap<EngineHash, Instant>,
-    /// In order of time; entries that `last` contradicts are of no meaning.
-    order: VecDeque<(Instant, EngineHash)>,
-}
-
-impl Seen {
-    fn announce(&mut self, name: EngineHash, now: Instant) {
-        self.last.insert(name, now);
-        self.order.push_back((now, name));
-        if self.order.len() > 2 * self.last.len() + 64 {
-            let last = &self.last;
-            self.order.retain(|(time, name)| last.get(name) == Some(time));
-        }
-    }
-
-    fn pop_before(&mut self, before: Instant) -> Option<EngineHash> {
-        while let Some((time, name)) = self.order.front().copied() {
-            let newest = self.last.get(&name) == Some(&time);
-            if newest && time >= before {
-                return None;
-            }
-            self.order.pop_front();
-            if newest {
-                self.last.remove(&name);
-                return Some(name);
-            }
-        }
-        None
-    }
-}
-
-/// The blocks of one source on one medium, of one cache group and one block size.
-pub struct Slot {
-    pub id: SlotId,
-    pub medium: Arc<str>,
-    pub tier: Tier,
-    pub group: Option<u32>,
-    pub block_size: u32,
-    held: Held,
-    /// Physical copies, for the few hashes that have more than one.
-    copies: HashMap<EngineHash, u64>,
-    /// How many more hashes stand for a key, for the few keys that have more than one.
-    aliases: HashMap<u64, u64>,
-    /// As long as the engine has announced no removal here.
-    seen: Option<Seen>,
-}
-
-impl Slot {
-    /// Blocks held.
-    pub fn len(&self) -> usize {
-        self.held.len()
-    }
-
-    /// The keys of all blocks held, once for each hash.
-    pub fn keys(&self) -> impl Iterator<Item = u64> + '_ {
-        self.held.keys()
-    }
-
-    fn bytes(&self) -> usize {
-        let seen = self.seen.as_ref().map_or(0, |seen| seen.last.capacity() * 40 + seen.order.capacity() * 32);
-        size_of::<Self>()
-            + self.held.ints.bytes()
-            + self.held.digests.bytes()
-            + self.copies.capacity() * 33
-            + self.aliases.capacity() * 17
-            + seen
-    }
-}
 
 /// Removed blocks whose tokens are still known, for events that name them without tokens.
 #[derive(Default)]
@@ -532,37 +348,6 @@ impl Ledger {
         }
     }
 
-    /// Counts one copy of each of these blocks, where more were counted; says no where cache groups decide.
-    pub fn recount(&mut self, keys: &HashSet<u64>, at: &Here) -> bool {
-        if self.groups_decide() {
-            return false;
-        }
-        for slot in self.slots.iter_mut().filter(|slot| slot.tier == Tier::Gpu) {
-            let Slot { held, copies, .. } = slot;
-            copies.retain(|name, number| {
-                let wrong = keys.contains(&held.get(*name, at.secret));
-                count(&at.counters.recounted, if wrong { *number as usize - 1 } else { 0 });
-                !wrong
-            });
-        }
-        true
-    }
-
-    /// Counts the copies that `recount` would take.
-    pub fn surplus(&self, keys: &HashSet<u64>, secret: u64) -> usize {
-        if self.groups_decide() {
-            return 0;
-        }
-        let first = self.slots.iter().filter(|slot| slot.tier == Tier::Gpu);
-        let copied =
-            first.flat_map(|slot| slot.copies.iter().map(|(name, number)| (slot.held.get(*name, secret), number)));
-        copied.filter(|(key, _)| keys.contains(key)).map(|(_, number)| *number as usize - 1).sum()
-    }
-
-    fn groups_decide(&self) -> bool {
-        self.groups.len() > 1 || self.groups.iter().any(|(_, spec)| spec.tail.is_some())
-    }
-
     /// Takes a name out of a slot that has it, and remembers it.
     fn drop_name(&mut self, slot: usize, name: EngineHash, at: &Here) {
         self.turn_to(slot, at);
@@ -570,37 +355,6 @@ impl Ledger {
         let key = slot.held.remove(name, at.secret);
         self.due.push(Step { key, holds: false });
         self.remembered.keep(name, (key, slot.block_size), at.limits.remembered_blocks);
-    }
-
-    /// Drops blocks last announced before that time on media whose removals are never announced.
-    pub fn expire(&mut self, before: Instant, at: &Here) {
-        for number in 0..self.slots.len() {
-            while let Some(name) = self.slots[number].seen.as_mut().and_then(|seen| seen.pop_before(before)) {
-                self.slots[number].copies.remove(&name);
-                if self.slots[number].held.get(name, at.secret) != 0 {
-                    self.drop_name(number, name, at);
-                    count(&at.counters.expired, 1);
-                }
-            }
-        }
-        self.settle(at);
-    }
-
-    /// Whether there is nothing to evict.
-    pub fn is_empty(&self) -> bool {
-        self.len() + self.waiting.blocks + self.remembered.known.len() == 0
-    }
-
-    /// Gives up the slots of the least useful tier, or what waits and is remembered where no blocks are held.
-    pub fn evict(&mut self) -> Vec<Slot> {
-        let held = self.slots.iter().filter(|slot| slot.len() > 0);
-        let Some(tier) = held.map(|slot| slot.tier).max() else {
-            self.waiting.drop_all();
-            self.remembered = Remembered::default();
-            return Vec::new();
-        };
-        self.evicted = Some(tier);
-        self.slots.extract_if(.., |slot| slot.tier == tier).collect()
     }
 
     /// Key and block size of a hash that is or lately was held anywhere; `size` 0 takes any block size.
@@ -628,18 +382,7 @@ impl Ledger {
             count(&at.counters.too_many_slots, 1);
             return None;
         };
-        let tier = Tier::of(medium);
-        self.slots.push(Slot {
-            id,
-            medium: medium.clone(),
-            tier,
-            group,
-            block_size: size,
-            held: Held::default(),
-            copies: HashMap::new(),
-            aliases: HashMap::new(),
-            seen: (tier != Tier::Gpu).then(Seen::default),
-        });
+        self.slots.push(Slot::new(id, medium.clone(), group, size));
         at.slots.change_layout();
         Some(self.slots.len() - 1)
     }

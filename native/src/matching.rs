@@ -1,120 +1,21 @@
 //! From the holders of each block of a prompt to what each source holds of it: the twin of `indexer/matching.py`.
 //!
-//! Along a prompt the holders change rarely, and equal words mean equal holders, so a look-up does work only where the
-//! word changes. Sources that hold a model's blocks in one slot need no more than "where did my slot first miss"; the
-//! others are worked out from the places where the holders change.
+//! Sources that hold a model's blocks in one slot need no more than "where did my slot first miss"; the others are worked
+//! out from the places where the holders change.
 
 use std::sync::Arc;
 
-use crossbeam_epoch::pin;
-
 use crate::blocks::Blocks;
+use crate::chains::{Chain, SlotView};
 use crate::groups::{GroupBlocks, GroupSpec, longest_prefix};
-use crate::holders::{SlotId, slots_of};
-use crate::ledger::{Slot, Tier};
-use crate::prompt::PromptKeys;
-
-const FIRST_CHUNK: usize = 64;
-const LARGEST_CHUNK: usize = 1024;
-/// How many keys ahead of its look-up a row is asked for.
-const AHEAD: usize = 16;
-
-/// A slot as a reader needs it.
-#[derive(Clone)]
-pub struct SlotView {
-    pub id: SlotId,
-    pub medium: Arc<str>,
-    pub tier: Tier,
-    pub group: Option<u32>,
-    pub block_size: u32,
-}
-
-impl From<&Slot> for SlotView {
-    fn from(slot: &Slot) -> Self {
-        Self {
-            id: slot.id,
-            medium: slot.medium.clone(),
-            tier: slot.tier,
-            group: slot.group,
-            block_size: slot.block_size,
-        }
-    }
-}
-
-/// What serves one cache group of one source.
-struct Group {
-    spec: GroupSpec,
-    slots: Vec<SlotView>,
-}
-
-/// Groups that a source reads together: a prefix must be served by all of them.
-pub struct Chain {
-    groups: Vec<Group>,
-}
-
-impl Chain {
-    /// One slot that must hold every block from the start: the common and fast case.
-    fn single_slot(&self) -> Option<&SlotView> {
-        match &self.groups[..] {
-            [Group { spec: GroupSpec { tail: None, .. }, slots }] if slots.len() == 1 => slots.first(),
-            _ => None,
-        }
-    }
-
-    fn has_size(&self, size: u32) -> bool {
-        self.groups.iter().any(|group| group.spec.block_size == size)
-    }
-}
-
-/// Says how a source reads its slots, given the cache groups that it announced.
-pub fn chains_of(mut slots: Vec<SlotView>, groups: &[(u32, GroupSpec)]) -> Vec<Chain> {
-    let mut chains = Vec::new();
-    let mut single_group = groups;
-    if groups.len() > 1 {
-        // publishers that name no group (offloading) hold blocks of the group that sees the whole prompt
-        let first = groups.iter().map(|(number, spec)| (spec.tail.is_some(), *number)).min().map(|(_, number)| number);
-        let chain = groups.iter().map(|(number, spec)| {
-            let mine = |slot: &&SlotView| {
-                slot.block_size == spec.block_size
-                    && (slot.group == Some(*number) || slot.group.is_none() && Some(*number) == first)
-            };
-            Group { spec: *spec, slots: slots.iter().filter(mine).cloned().collect() }
-        });
-        chains.push(Chain { groups: chain.collect() });
-        let is_grouped = |size: u32| groups.iter().any(|(_, spec)| spec.block_size == size);
-        slots.retain(|slot| slot.group.is_none() && slot.tier != Tier::Gpu && !is_grouped(slot.block_size));
-        single_group = &[];
-    }
-    let mut sizes: Vec<u32> = slots.iter().map(|slot| slot.block_size).collect();
-    sizes.sort_unstable();
-    sizes.dedup();
-    for size in sizes {
-        let known = single_group.iter().map(|(_, spec)| *spec).find(|spec| spec.block_size == size);
-        let spec = known.unwrap_or(GroupSpec { block_size: size, tail: None });
-        let mine = slots.iter().filter(|slot| slot.block_size == size).cloned().collect();
-        chains.push(Chain { groups: vec![Group { spec, slots: mine }] });
-    }
-    chains
-}
+use crate::prompt::Asked;
+use crate::scan::{Scan, Wanted, holds};
 
 /// What has to be looked up for some readers, laid out for looking up.
 #[derive(Default)]
 pub struct Plan {
-    sizes: Vec<SizePlan>,
+    sizes: Vec<Wanted>,
     readers: Vec<Vec<ChainPlan>>,
-}
-
-/// The blocks of one size.
-struct SizePlan {
-    size: u32,
-    /// Slots of single-slot chains, in order.
-    singles: Vec<SlotId>,
-    /// Slots of other chains, in order. Their places here are their bits.
-    others: Vec<SlotId>,
-    /// For each other chain with a group that needs every block: the bits of which one must be there.
-    needed: Vec<Vec<usize>>,
-    /// Whether the whole prompt has to be looked at.
-    to_the_end: bool,
 }
 
 enum ChainPlan {
@@ -153,10 +54,10 @@ impl Plan {
         plan
     }
 
-    fn size_at(&mut self, size: u32) -> &mut SizePlan {
+    fn size_at(&mut self, size: u32) -> &mut Wanted {
         let known = self.sizes.iter().position(|plan| plan.size == size);
         let place = known.unwrap_or_else(|| {
-            let empty = SizePlan { size, singles: vec![], others: vec![], needed: vec![], to_the_end: false };
+            let empty = Wanted { size, singles: vec![], others: vec![], needed: vec![], to_the_end: false };
             self.sizes.push(empty);
             self.sizes.len() - 1
         });
@@ -234,12 +135,6 @@ pub struct Found {
 
 pub const NOTHING: Found = Found { tokens: 0, reusable: 0, runs: Runs::Nowhere };
 
-/// The tokens of a prompt, and its keys.
-pub struct Asked<'a> {
-    pub tokens: &'a [u32],
-    pub keys: &'a mut PromptKeys,
-}
-
 /// Says what each reader of the plan holds of a prompt. `bare` also looks under keys that name images without place.
 pub fn answer(plan: &Plan, blocks: &Blocks, asked: &mut Asked, bare: bool) -> Vec<Found> {
     let mut found = look_up(plan, blocks, asked, false);
@@ -272,112 +167,6 @@ fn look_up(plan: &Plan, blocks: &Blocks, asked: &mut Asked, bare: bool) -> Vec<F
         }
     });
     evaluated.collect()
-}
-
-/// The holders along a prompt's blocks of one size.
-struct Scan {
-    /// For each slot of a single-slot chain: how many leading blocks it holds, `NO_END` where it holds all scanned.
-    ends: Vec<u32>,
-    /// First block of each stretch of blocks with the same holders among the others.
-    changes: Vec<u32>,
-    /// The holders of each stretch, `words` words of bits each.
-    bits: Vec<u64>,
-    words: usize,
-    scanned: usize,
-}
-
-const NO_END: u32 = u32::MAX;
-
-impl Scan {
-    fn of(plan: &SizePlan, blocks: &Blocks, asked: &mut Asked, bare: bool) -> Self {
-        let words = plan.others.len().div_ceil(64);
-        let total = (asked.tokens.len() / plan.size as usize).min(NO_END as usize);
-        let ends = vec![NO_END; plan.singles.len()];
-        let mut scan = Self { ends, changes: Vec::new(), bits: Vec::new(), words, scanned: total };
-        let mut alive: Vec<(SlotId, u32)> = plan.singles.iter().copied().zip(0..).collect();
-        let mut needed: Vec<&[usize]> = plan.needed.iter().map(Vec::as_slice).filter(|bits| !bits.is_empty()).collect();
-        let mut now = vec![0; words];
-        let (mut done, mut chunk, mut before) = (0, FIRST_CHUNK, None);
-        while done < total {
-            let upto = total.min(done + chunk);
-            let keys = &asked.keys.keys(asked.tokens, plan.size, upto, bare)[done..upto];
-            let guard = &pin();
-            for key in keys.iter().take(AHEAD) {
-                blocks.prefetch(*key, guard);
-            }
-            // words of another chunk were read under another guard, and their sets may be gone
-            before = before.filter(|word| word & 3 != 0);
-            for (number, key) in keys.iter().enumerate() {
-                if let Some(ahead) = keys.get(number + AHEAD) {
-                    blocks.prefetch(*ahead, guard);
-                }
-                let word = blocks.holders(*key, guard);
-                if before == Some(word) {
-                    continue;
-                }
-                before = Some(word);
-                let number = done + number;
-                let holders = slots_of(word, guard);
-                scan.lose(&mut alive, holders.as_slice(), number as u32);
-                if words > 0 && scan.change(plan, &mut now, holders.as_slice(), number as u32) {
-                    needed.retain(|bits| bits.iter().any(|bit| now[bit / 64] >> (bit % 64) & 1 == 1));
-                }
-                if alive.is_empty() && needed.is_empty() && !plan.to_the_end {
-                    scan.scanned = number + 1;
-                    return scan;
-                }
-            }
-            done = upto;
-            chunk = LARGEST_CHUNK.min(2 * chunk);
-        }
-        scan
-    }
-
-    /// Notes which of the slots that held all blocks so far do not hold this one.
-    fn lose(&mut self, alive: &mut Vec<(SlotId, u32)>, holders: &[SlotId], number: u32) {
-        let mut next = 0;
-        alive.retain(|(slot, place)| {
-            while holders.get(next).is_some_and(|holder| holder < slot) {
-                next += 1;
-            }
-            let held = holders.get(next) == Some(slot);
-            if !held {
-                self.ends[*place as usize] = number;
-            }
-            held
-        });
-    }
-
-    /// Notes the holders among the others where they are not those of the block before; says whether they changed.
-    fn change(&mut self, plan: &SizePlan, now: &mut [u64], holders: &[SlotId], number: u32) -> bool {
-        now.fill(0);
-        let mut bit = 0;
-        for holder in holders {
-            while plan.others.get(bit).is_some_and(|slot| slot < holder) {
-                bit += 1;
-            }
-            if plan.others.get(bit) == Some(holder) {
-                now[bit / 64] |= 1 << (bit % 64);
-            }
-        }
-        if !self.changes.is_empty() && self.bits[self.bits.len() - self.words..] == *now {
-            return false;
-        }
-        self.changes.push(number);
-        self.bits.extend_from_slice(now);
-        true
-    }
-
-    /// Each stretch: its first block, the block after it, and which of the others hold it.
-    fn stretches(&self) -> impl Iterator<Item = (u64, u64, &[u64])> {
-        let ends = self.changes.iter().skip(1).map(|number| u64::from(*number)).chain([self.scanned as u64]);
-        let starts = self.changes.iter().map(|number| u64::from(*number));
-        starts.zip(ends).zip(self.bits.chunks(self.words.max(1))).map(|((start, end), bits)| (start, end, bits))
-    }
-}
-
-fn holds(bits: &[u64], bit: usize) -> bool {
-    bits.get(bit / 64).is_some_and(|word| word >> (bit % 64) & 1 == 1)
 }
 
 fn evaluate(chain: &ChainPlan, plan: &Plan, scans: &[Scan], cap: u64) -> Found {

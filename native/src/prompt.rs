@@ -46,3 +46,9 @@ impl PromptKeys {
         keys
     }
 }
+
+/// The tokens of a prompt, and its keys.
+pub struct Asked<'a> {
+    pub tokens: &'a [u32],
+    pub keys: &'a mut PromptKeys,
+}

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Ledger, Limits, Seen, Slot, Tier, digest_key};
+use super::slot::{Seen, digest_key};
+use super::{Ledger, Limits, Slot, Tier};
 use crate::blocks::Step;
 use crate::columns::{Flaw, Reader, Writer};
 use crate::events::{EngineHash, Lora, Stored};
@@ -163,9 +164,7 @@ impl Slot {
 
     fn read(from: &mut Reader, secret: u64, age: f64) -> Result<Self, Flaw> {
         let (medium, group, block_size): (Arc<str>, _, _) = (from.text()?.into(), from.group()?, from.size()?);
-        let tier = Tier::of(&medium);
-        let (held, copies, aliases) = Default::default();
-        let mut slot = Self { id: 0, medium, tier, group, block_size, held, copies, aliases, seen: None };
+        let mut slot = Self { seen: None, ..Self::new(0, medium, group, block_size) };
         let ints = from.count(16)?;
         let (names, keys) = (from.words(ints)?, from.words(ints)?);
         let rows = names.zip(keys).map(|(name, key)| ([name.wrapping_mul(secret)], key));
