@@ -97,7 +97,8 @@ fn common_sizes<S>(caches: &[Cache<S>], most: usize) -> Vec<u32> {
         }
     }
     // a prompt's last chunk is smaller than a whole one, and of any size (WIRE B1a): those must not push out the others
-    let mut sizes: Vec<(usize, usize, u32)> = votes.into_iter().map(|(size, (first, all))| (first, all, size)).collect();
+    let mut sizes: Vec<(usize, usize, u32)> =
+        votes.into_iter().map(|(size, (first, all))| (first, all, size)).collect();
     sizes.sort_unstable_by_key(|votes| Reverse(*votes));
     sizes.truncate(most);
     sizes.into_iter().map(|(_, _, size)| size).collect()
