@@ -104,7 +104,7 @@ def ends_at(pem: bytes) -> float:
     """
     try:
         return min(_ends_at(ssl.PEM_cert_to_DER_cert(found.decode("ascii"))) for found in _PEM.findall(pem))
-    except ValueError:
+    except (ValueError, IndexError):
         return math.nan
 
 
