@@ -49,10 +49,13 @@ class Arrivals:
 
     async def close(self) -> None:
         """Take no more, and end those that are greeting."""
-        tasks = [*self._tasks, *self._greeting]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # one without a handshake is there in a moment; cut off in it, it would count as open for ever
+        for task in self._greeting if self._tls is not None else ():
+            task.cancel()
+        await asyncio.gather(*self._greeting, return_exceptions=True)
 
     async def _take(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -68,15 +71,14 @@ class Arrivals:
                 self._gate.turn_away()
                 connection.close()
                 await asyncio.sleep(0)  # however many come, all else goes on
-            elif self._tls is None:
-                await self._connect(connection)
             else:
-                task = loop.create_task(self._connect(connection, self._tls.context))
+                context = None if self._tls is None else self._tls.context
+                task = loop.create_task(self._connect(connection, context))
                 self._greeting.add(task)
                 task.add_done_callback(self._greeting.discard)
                 await asyncio.sleep(0)
 
-    async def _connect(self, connection: socket.socket, context: ssl.SSLContext | None = None) -> None:
+    async def _connect(self, connection: socket.socket, context: ssl.SSLContext | None) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol,
