@@ -76,7 +76,10 @@ class Arrivals:
                 task = loop.create_task(self._connect(connection, context))
                 self._greeting.add(task)
                 task.add_done_callback(self._greeting.discard)
-                await asyncio.sleep(0)
+                if context is None:
+                    await asyncio.wait([task])  # which goes on where this one is cancelled
+                else:
+                    await asyncio.sleep(0)
 
     async def _connect(self, connection: socket.socket, context: ssl.SSLContext | None) -> None:
         try:
